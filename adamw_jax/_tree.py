@@ -1,0 +1,190 @@
+"""Functions over the leaves of trees: names, checks that use them, maps."""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Schedule = Callable[[Any], Any]  # step (int32 scalar) -> value
+ScalarOrSchedule = float | jax.Array | Schedule
+
+
+def is_none(x: Any) -> bool:
+    return x is None
+
+
+def path_string(path: tuple) -> str:
+    """The path of a leaf, `layers/0/kernel`, without the `.value` that NNX appends."""
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    last = path[-1] if path else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name in (
+        "value",
+        "raw_value",
+    ):
+        parts.pop()
+    return "/".join(part.lstrip(".") for part in parts)
+
+
+def is_static(x: Any) -> TypeGuard[float]:
+    """Whether the value is a Python or NumPy number, known while tracing."""
+    return isinstance(x, int | float | np.number)
+
+
+def check_scalar(
+    name: str,
+    value: Any,
+    *,
+    below: float = math.inf,
+    schedule: bool = False,
+) -> None:
+    """Raises unless value is a number in [0, below), or an array, or a schedule.
+
+    Arrays pass: a traced one has no number yet, and a concrete one comes from the
+    state at every update out of `jit`, where a schedule that ends at -1e-12 instead
+    of 0 must not stop a run. NaN and infinity never do.
+    """
+    if isinstance(value, jax.Array) and value.ndim == 0:
+        return
+    if callable(value):
+        if schedule:
+            return
+        raise TypeError(f"{name} must be a number, not a callable: got {value!r}")
+    if isinstance(value, bool | np.bool_) or np.ndim(value) != 0:
+        raise TypeError(f"{name} must be a scalar number, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not (0 <= number < below):
+        allowed = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_storage_dtype(name: str, dtype: Any) -> None:
+    if dtype is None:
+        return
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be None or a float dtype, got {dtype!r}"
+        ) from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be None or a float dtype, got {dtype.name}")
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """Arithmetic is done in float32, in float64 for float64 leaves."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def scalar_dtype(tree: Any) -> Any:
+    """The dtype of scalars that meet every leaf of the tree: float32 or float64."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
+
+
+def increment(count: jax.Array) -> jax.Array:
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def need_params(params: Any) -> None:
+    if params is None:
+        raise ValueError("update needs the parameters: update(updates, state, params)")
+
+
+def zeros_like_params(params: Any, dtype: Any = None) -> Any:
+    """A moment for every parameter: zeros of `dtype`, or of the compute dtype.
+
+    The zeros follow the parameter's sharding. A leaf that is no float is refused.
+    """
+
+    def zeros(path, p):
+        p = p if hasattr(p, "dtype") else jnp.asarray(p)
+        if not jnp.issubdtype(p.dtype, jnp.floating):
+            raise TypeError(
+                f"parameter {path_string(path)} has dtype {p.dtype}; only floating "
+                "point parameters can be trained (pass None in its place, or freeze it)"
+            )
+        return jnp.zeros_like(p, dtype=dtype or compute_dtype(p.dtype))
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
+
+
+def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
+    """Says by path where the structure of two trees differs."""
+    paths = [
+        {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (tree, reference)
+    ]
+    extra, missing = sorted(paths[0] - paths[1]), sorted(paths[1] - paths[0])
+    details = []
+    if missing:
+        details.append(f"{name} has no leaf {', '.join(missing[:5])}")
+    if extra:
+        details.append(f"{name} has an unexpected leaf {', '.join(extra[:5])}")
+    return "; ".join(details) or (
+        f"{jax.tree.structure(tree)} against {jax.tree.structure(reference)}"
+    )
+
+
+def leaves_like(updates: Any, name: str, tree: Any) -> list[Any]:
+    """The leaves of a tree in the order of the updates' leaves, None included."""
+    try:
+        return jax.tree.structure(updates, is_leaf=is_none).flatten_up_to(tree)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"the updates do not have the structure of {name}: "
+            f"{describe_mismatch('updates', updates, tree)}"
+        ) from None
+
+
+def map_leaves(
+    f: Callable[..., tuple],
+    updates: Any,
+    trees: dict[str, Any],
+    *,
+    carried: int,
+) -> tuple[Any, ...]:
+    """Maps `f(index, update, *leaves) -> (update, *carried leaves)` over the leaves.
+
+    The first `carried` of the trees come back changed, behind the updates. Where the
+    update is None, it stays None and the carried leaves stay as they are.
+
+    Raises ValueError, with the leaf's path, where a tree does not match the updates.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
+    columns = [leaves_like(updates, name, tree) for name, tree in trees.items()]
+    out = []
+    for i, (path, update) in enumerate(flat):
+        leaves = [column[i] for column in columns]
+        if update is None:
+            out.append((None, *leaves[:carried]))
+            continue
+        update = update if hasattr(update, "dtype") else jnp.asarray(update)
+        if not jnp.issubdtype(update.dtype, jnp.floating):
+            raise TypeError(f"update {path_string(path)} has dtype {update.dtype}")
+        for name, leaf in zip(trees, leaves, strict=True):
+            if leaf is None or not hasattr(leaf, "shape"):
+                raise ValueError(
+                    f"updates and {name} do not match at leaf {path_string(path)}: "
+                    f"an update of shape {update.shape} against {leaf!r}"
+                )
+            if leaf.shape != update.shape:
+                raise ValueError(
+                    f"updates and {name} do not match at leaf {path_string(path)}: "
+                    f"shape {update.shape} against {leaf.shape}"
+                )
+        out.append(f(i, update, *leaves))
+    if not out:
+        return (updates, *list(trees.values())[:carried])
+    return tuple(treedef.unflatten(column) for column in zip(*out, strict=True))

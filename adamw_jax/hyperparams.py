@@ -1,0 +1,215 @@
+"""Hyperparameters in the state: one counter drives them, users read and change them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._tree import ScalarOrSchedule, check_scalar, increment, scalar_dtype
+from .phases import Phases
+
+
+class HyperparamsState(NamedTuple):
+    """The values in force, that is those that the next update will use."""
+
+    step: jax.Array  # int32 []: updates done; the one counter of all schedules
+    hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
+    held: jax.Array  # bool [n], by sorted name: overridden, the schedule is ignored
+    inner_state: optax.OptState
+
+
+def with_hyperparams(
+    factory: Callable[..., optax.GradientTransformation],
+    **hyperparams: ScalarOrSchedule | Phases,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the hyperparameters of a transformation in its state.
+
+    All schedules are read at one step counter. The state holds the values in force:
+    read them with :func:`current_hyperparams`, change them with
+    :func:`override_hyperparams`, both also inside `jit`; a new value is data and does
+    not retrace.
+
+    Unlike `optax.inject_hyperparams`: values are float32 whatever the parameters'
+    dtype (a b2 of .999 is 1 in bfloat16); only what is named here is a
+    hyperparameter, so a callable mask in the factory is never taken for a schedule;
+    one counter instead of one per schedule; an override of a scheduled value holds.
+
+    Args:
+        factory: called with the current values by keyword while tracing; builds the
+            transformation. What else it needs it closes over.
+        **hyperparams: each a number, a traced scalar, a schedule (from the number of
+            updates done, int32, to a value), or :class:`Phases`. Phases, given for
+            any one name, drive every hyperparameter that they set, in place of the
+            value given for it here; `b1` drives `momentum` where there is no b1.
+
+    Returns:
+        A transformation; additional arguments of `update` reach the inner one.
+
+    Raises:
+        ValueError: phases that set a hyperparameter which is not named here, or do not
+            set the one they were given for; what the factory raises, at once.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from adamw_jax import one_cycle, scale_by_adam, scale_by_learning_rate
+        >>> tx = with_hyperparams(
+        ...     lambda learning_rate, b1: optax.chain(
+        ...         optax.clip_by_global_norm(0.12),
+        ...         scale_by_adam(b1, b2=0.99),
+        ...         scale_by_learning_rate(learning_rate)),
+        ...     learning_rate=one_cycle(3e-3, steps=1000), b1=0.9)
+        >>> state = tx.init(jnp.zeros(3))
+        >>> {k: f"{v:.5f}" for k, v in current_hyperparams(state).items()}
+        {'b1': '0.95000', 'learning_rate': '0.00030'}
+    """
+    drivers = _resolve(hyperparams)
+    names = sorted(drivers)
+    # Bad arguments are refused now, not at init: the factory sees the first values.
+    factory(**{name: _number(driver) for name, driver in drivers.items()})
+
+    def value(name, step, dtype):
+        driver = drivers[name]
+        new = driver(step) if callable(driver) else driver
+        return jnp.array(new, dtype)  # a copy: the state can be donated
+
+    def init(params):
+        step = jnp.zeros([], jnp.int32)
+        dtype = scalar_dtype(params)
+        values = {name: value(name, step, dtype) for name in names}
+        held = jnp.zeros(len(names), bool)
+        return HyperparamsState(step, values, held, factory(**values).init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        inner = optax.with_extra_args_support(factory(**state.hyperparams))
+        updates, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        step = increment(state.step)
+        following = dict(state.hyperparams)  # a constant keeps what the user put there
+        for i, name in enumerate(names):
+            if callable(drivers[name]):
+                old = state.hyperparams[name]
+                new = value(name, step, old.dtype)
+                following[name] = jnp.where(state.held[i], old, new)
+        return updates, HyperparamsState(step, following, state.held, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _resolve(hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """Replaces phases by their schedule for each hyperparameter that they set."""
+    drivers = dict(hyperparams)
+    for given_for, phases in hyperparams.items():
+        if not isinstance(phases, Phases):
+            continue
+        for name in phases.names:
+            target = name
+            if name == "b1" and "b1" not in drivers and "momentum" in drivers:
+                target = "momentum"
+            if target not in drivers:
+                raise ValueError(
+                    f"the phases set {name}, which is not a hyperparameter here; "
+                    f"there are {', '.join(sorted(drivers))}"
+                )
+            drivers[target] = phases.schedule(name)
+        if isinstance(drivers[given_for], Phases):
+            raise ValueError(f"{given_for} was given phases that do not set it")
+    return drivers
+
+
+def _number(driver: Any) -> Any:
+    """The first value, as a number where it is one, so that it can be checked."""
+    value = driver(0) if callable(driver) else driver
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+        return np.asarray(value)[()]
+    return value
+
+
+def _states(state: Any) -> list[HyperparamsState]:
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, HyperparamsState))
+    return [leaf for leaf in leaves if isinstance(leaf, HyperparamsState)]
+
+
+def current_hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
+    """The hyperparameters that the next update will use.
+
+    Read before an update, they are the values of that update. Works inside `jit`, and
+    on any state that contains the optimizer's: of a chain, of `optax.partition`.
+
+    Args:
+        state: an optimizer state.
+
+    Returns:
+        From name to scalar: float32, or float64 for float64 parameters.
+
+    Raises:
+        ValueError: the state holds none, or those of several optimizers; take the
+            one you mean out of the state.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from adamw_jax import adamw
+        >>> state = adamw(1e-3, weight_decay=0.1).init(jnp.zeros(2))
+        >>> [f"{k}={v:.3f}" for k, v in current_hyperparams(state).items()]
+        ['b1=0.900', 'b2=0.999', 'learning_rate=0.001', 'weight_decay=0.100']
+    """
+    found = _states(state)
+    if len(found) != 1:
+        raise ValueError(
+            f"the state holds the hyperparameters of {len(found)} optimizers, not 1"
+        )
+    return dict(found[0].hyperparams)
+
+
+def override_hyperparams(
+    state: optax.OptState, **values: float | jax.Array | None
+) -> optax.OptState:
+    """A state in which hyperparameters have new values, from the next update on.
+
+    The value holds, also where a schedule or phases drive the hyperparameter, until it
+    is overridden again or released with None: then the schedule takes over behind the
+    next update, at the step that the run is at.
+
+    Args:
+        state: as for :func:`current_hyperparams`.
+        **values: by name: a number or a traced scalar, or None to release.
+
+    Returns:
+        The new state; nothing is retraced.
+
+    Raises:
+        ValueError: an unknown name, a negative or NaN value, b1 or b2 not in [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from adamw_jax import adamw, one_cycle
+        >>> tx = adamw(one_cycle(1e-2, steps=10))
+        >>> state = override_hyperparams(tx.init(jnp.zeros(2)), learning_rate=0.5)
+        >>> _, state = tx.update(jnp.ones(2), state, jnp.zeros(2))
+        >>> float(current_hyperparams(state)["learning_rate"])
+        0.5
+    """
+    current_hyperparams(state)  # exactly one, or a clear error
+
+    def override(node):
+        if not isinstance(node, HyperparamsState):
+            return node
+        new, held, names = dict(node.hyperparams), node.held, sorted(node.hyperparams)
+        for name, value in values.items():
+            if name not in new:
+                raise ValueError(f"no hyperparameter {name}; there are {names}")
+            held = held.at[..., names.index(name)].set(value is not None)
+            if value is not None:
+                decay = name in ("b1", "b2", "momentum")
+                check_scalar(name, value, below=1 if decay else float("inf"))
+                # Of the same shape: a state made by vmap takes one value for all.
+                old = new[name]
+                new[name] = jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape)
+        return node._replace(hyperparams=new, held=held)
+
+    return jax.tree.map(
+        override, state, is_leaf=lambda x: isinstance(x, HyperparamsState)
+    )
