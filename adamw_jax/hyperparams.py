@@ -83,17 +83,18 @@ def with_hyperparams(
         return HyperparamsState(step, values, held, factory(**values).init(params))
 
     def update(updates, state, params=None, **extra_args):
-        inner = optax.with_extra_args_support(factory(**state.hyperparams))
+        # As arrays, should the user have put a Python number there.
+        current = {k: jnp.asarray(v) for k, v in state.hyperparams.items()}
+        inner = optax.with_extra_args_support(factory(**current))
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
         step = increment(state.step)
-        following = dict(state.hyperparams)  # a constant keeps what the user put there
+        following = dict(current)  # a constant keeps what the user put there
         for i, name in enumerate(names):
             if callable(drivers[name]):
-                old = state.hyperparams[name]
-                new = value(name, step, old.dtype)
-                following[name] = jnp.where(state.held[i], old, new)
+                new = value(name, step, current[name].dtype)
+                following[name] = jnp.where(state.held[i], current[name], new)
         return updates, HyperparamsState(step, following, state.held, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

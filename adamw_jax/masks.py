@@ -27,10 +27,10 @@ Mask = Any | Callable[[Any], Any] | None
 
 # The names of Flax (Linen, NNX), Haiku, Equinox and PyTorch for what is not a matrix.
 _BIAS_OR_NORM_LEAF = re.compile(
-    r"^(.*_)?(bias|b|offset|scale|gamma|beta|bias_[a-z]+)$", re.IGNORECASE
+    r"^(.*_)?(bias(_\w+)?|b|offset|scale|gamma|beta)$", re.IGNORECASE
 )
 _NORM_MODULE = re.compile(
-    r"(batch|layer|group|instance|rms|weight|sync)_?norm|(^|_)norm|norm(_?\d+)?$"
+    r"(batch|layer|group|instance|rms|sync)_?norm|(^|_)norm(_|\d|$)|norm(_?\d+)?$"
     r"|^(bn|ln)(_?\d+|_[a-z]+)?$",
     re.IGNORECASE,
 )

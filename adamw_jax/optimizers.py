@@ -5,10 +5,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from ._tree import ScalarOrSchedule, check_choice, check_scalar, is_none, is_static
+from ._tree import (
+    ScalarOrSchedule,
+    check_choice,
+    check_scalar,
+    compute_dtype,
+    is_none,
+    is_static,
+)
 from .hyperparams import with_hyperparams
 from .masks import Mask
 from .phases import Phases
@@ -449,7 +455,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     def add(p, u):
         if p is None or u is None:
             return p
-        dtype = jnp.promote_types(p.dtype, u.dtype)
+        dtype = compute_dtype(p.dtype)
         return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
 
     return jax.tree.map(add, params, updates, is_leaf=is_none)

@@ -222,8 +222,8 @@ class Phases:
         """The first whole step of each phase, and the one behind the last phase."""
         boundaries = np.round(self.boundaries, 6)
         if self.rule == "fastai":
-            return np.ceil(boundaries).astype(int)
-        return np.maximum(np.floor(boundaries) + 1, 0).astype(int) * (
+            return np.ceil(boundaries).astype(np.int32)
+        return np.maximum(np.floor(boundaries) + 1, 0).astype(np.int32) * (
             np.arange(len(boundaries)) > 0
         )
 
@@ -264,14 +264,15 @@ class Phases:
         kinds = [kind for _, _, kind, _ in ramps]
         begins = np.array(self.boundaries[:-1])
         step = xp.asarray(step)
-        index = (step[..., None] >= self._first_steps[1:-1]).sum(-1)
+        later = self._first_steps[1:-1].reshape((1,) * step.ndim + (-1,))
+        index = (step[..., None] >= later).sum(-1)
         dtype = float if xp is np else jnp.result_type(float)
 
         def table(values):
             return xp.asarray(np.array(values), dtype)[index]
 
         # The whole part is subtracted in integers: exact far into a run.
-        whole = xp.asarray(np.floor(begins).astype(int))[index]
+        whole = xp.asarray(np.floor(begins).astype(np.int32))[index]
         elapsed = (step - whole).astype(dtype) - table(begins - np.floor(begins))
         duration = table(self.durations)
         elapsed = xp.clip(elapsed, 0, duration)

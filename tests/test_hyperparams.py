@@ -1,0 +1,240 @@
+"""Hyperparameters in the state: read, driven by one counter, overridden."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamw_jax as aj
+
+P = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+G = {"w": jnp.array([0.1, 0.3]), "b": jnp.array([-2.0])}
+
+
+def values(state):
+    return {k: float(v) for k, v in aj.current_hyperparams(state).items()}
+
+
+def test_values_in_force_are_those_of_the_next_update():
+    """sgd without momentum: the update shows the rate that was used."""
+    phases = aj.one_cycle_torch(1.0, 20, cycle_momentum=False)
+    tx = aj.sgd(phases)
+    state = tx.init(P)
+
+    @jax.jit
+    def step(state):
+        seen = aj.current_hyperparams(state)["learning_rate"]  # inside jit
+        updates, state = tx.update(G, state, P)
+        return seen, updates, state
+
+    for k in range(20):
+        seen, updates, state = step(state)
+        assert float(seen) == pytest.approx(phases.at(k)["learning_rate"], rel=1e-5)
+        np.testing.assert_allclose(updates["w"], -seen * G["w"], rtol=1e-6)
+
+
+def test_all_four_from_one_counter():
+    phases = aj.Phases(
+        [
+            aj.Phase(
+                steps=8,
+                learning_rate=(0.1, 0.2),
+                b1=(0.9, 0.8),
+                b2=(0.9, 0.99, "cosine"),
+                weight_decay=(1e-3, 1e-1, "exponential"),
+            )
+        ]
+    )
+    tx = aj.adamw(phases)
+    state = tx.init(P)
+    counters = [
+        x for x in jax.tree.leaves(state) if x.dtype == jnp.int32 and x.shape == ()
+    ]
+    assert len(counters) == 2  # the phases' step, and Adam's count of its updates
+    for k in range(8):
+        assert values(state) == pytest.approx(phases.at(k), rel=1e-5)
+        assert int(state.step) == k
+        _, state = tx.update(G, state, P)
+
+
+def test_readable_by_optax_too():
+    state = aj.adamw(aj.one_cycle(1e-2, steps=10)).init(P)
+    assert optax.tree.get(state, "learning_rate") == pytest.approx(1e-3)
+    assert optax.tree.get(state, "b1") == pytest.approx(0.95)
+    assert optax.tree.get(state, "count") == 0
+
+
+@pytest.mark.parametrize("driver", ["constant", "schedule", "phases"])
+@pytest.mark.parametrize("name", ["learning_rate", "b1", "b2", "weight_decay"])
+def test_override_holds_until_released(name, driver):
+    constant = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
+    if driver == "phases":
+        tx = aj.adamw(aj.Phases([aj.Phase(steps=100, **constant)]))
+    elif driver == "schedule":
+        tx = aj.adamw(
+            **{k: (lambda t, v=v: v + 0 * jnp.float32(t)) for k, v in constant.items()}
+        )
+    else:
+        tx = aj.adamw(**constant)
+    update = jax.jit(tx.update)
+    state = tx.init(P)
+    _, state = update(G, state, P)
+    state = aj.override_hyperparams(state, **{name: 0.3})
+    for _ in range(3):
+        assert values(state)[name] == pytest.approx(0.3)
+        held, state = update(G, state, P)
+    # The update is that of an optimizer with the value from that step on.
+    other = {k: v for k, v in constant.items() if k != name}
+    plain, changed = aj.adamw(**constant), aj.adamw(**{name: 0.3}, **other)
+    reference = plain.init(P)
+    _, reference = plain.update(G, reference, P)
+    reference = aj.override_hyperparams(changed.init(P), **{name: 0.3})._replace(
+        inner_state=reference.inner_state
+    )
+    for _ in range(3):
+        expected, reference = changed.update(G, reference, P)
+    np.testing.assert_allclose(held["w"], expected["w"], rtol=1e-6)
+    state = aj.override_hyperparams(state, **{name: None})
+    _, state = update(G, state, P)
+    if driver != "constant":  # a constant has nothing to return to
+        assert values(state)[name] == pytest.approx(constant[name], rel=1e-6)
+
+
+def test_editing_the_state_by_hand_is_not_ignored():
+    tx = aj.adamw(lambda t: 0.1 + 0 * jnp.float32(t))
+    state = tx.init(P)
+    edited = state._replace(hyperparams=state.hyperparams | {"learning_rate": 0.0})
+    updates, _ = tx.update(G, edited, P)
+    np.testing.assert_array_equal(updates["w"], 0.0)
+
+
+def test_override_inside_jit_and_vmap():
+    tx = aj.adamw(aj.one_cycle(1e-2, steps=10), weight_decay=0.0)
+
+    def first_update(lr):
+        state = aj.override_hyperparams(tx.init(P), learning_rate=lr)
+        return tx.update(G, state, P)[0]["b"]
+
+    updates = jax.jit(jax.vmap(first_update))(jnp.array([0.1, 0.2]))
+    np.testing.assert_allclose(updates, [[0.1], [0.2]], rtol=1e-6)
+
+
+def test_state_of_a_population():
+    """A vmapped init gives a state that one override changes for all."""
+    tx = aj.sgd(0.1)
+    states = jax.vmap(lambda _: tx.init(P))(jnp.arange(3))
+    states = aj.override_hyperparams(states, learning_rate=0.7)
+    np.testing.assert_allclose(
+        aj.current_hyperparams(states)["learning_rate"], [0.7] * 3
+    )
+    _, states = jax.vmap(lambda s: tx.update(G, s, P))(states)
+    np.testing.assert_allclose(
+        aj.current_hyperparams(states)["learning_rate"], [0.7] * 3
+    )
+
+
+def test_a_callable_mask_is_never_a_schedule():
+    """inject_hyperparams calls it with the step and switches all decay off."""
+
+    def mask(params):
+        return {"w": True, "b": False}
+
+    tx = aj.adamw(1e-2, weight_decay=0.5, mask=mask)
+    zeros = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+    updates, _ = tx.update(zeros, tx.init(P), P)
+    np.testing.assert_allclose(updates["w"], -1e-2 * 0.5 * P["w"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], 0.0)
+
+
+def test_an_optax_schedule_runs(lenient):
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 10)
+    tx = aj.adamw(schedule, b1=optax.linear_schedule(0.95, 0.85, 10))
+    state = tx.init(P)
+    for k in range(12):
+        assert values(state)["learning_rate"] == pytest.approx(float(schedule(k)))
+        _, state = jax.jit(tx.update)(G, state, P)
+
+
+def test_chain_with_optax():
+    tx = optax.chain(optax.clip_by_global_norm(0.1), aj.sgd(aj.one_cycle(1.0, steps=9)))
+    state = tx.init(P)
+    updates, state = jax.jit(tx.update)(G, state, P)
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.1 * 0.1, rel=1e-5)
+    state = aj.override_hyperparams(state, learning_rate=2.0)
+    assert values(state)["learning_rate"] == 2.0
+
+
+def test_extra_arguments_reach_the_inner_transformation():
+    def scale_by_value():
+        def update(updates, state, params=None, *, value, **extra):
+            return jax.tree.map(lambda u: u * value, updates), state
+
+        return optax.GradientTransformationExtraArgs(lambda p: (), update)
+
+    tx = aj.with_hyperparams(
+        lambda learning_rate: optax.chain(
+            scale_by_value(), aj.scale_by_learning_rate(learning_rate)
+        ),
+        learning_rate=0.5,
+    )
+    updates, _ = tx.update(G, tx.init(P), P, value=4.0)
+    np.testing.assert_allclose(updates["w"], -2.0 * G["w"])
+
+
+def test_two_optimizers_in_one_state():
+    tx = optax.partition({"a": aj.adamw(1e-2), "b": aj.sgd(1e-1)}, {"w": "a", "b": "b"})
+    state = tx.init(P)
+    with pytest.raises(ValueError, match="of 2 optimizers"):
+        aj.current_hyperparams(state)
+    with pytest.raises(ValueError, match="of 0 optimizers"):
+        aj.current_hyperparams(optax.sgd(1e-2).init(P))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"momentum": 0.5}, r"no hyperparameter momentum; there are \['b1'"),
+        ({"learning_rate": -1.0}, "learning_rate must be finite and >= 0"),
+        ({"b1": 1.0}, r"b1 must be in \[0, 1\)"),
+    ],
+)
+def test_bad_override(kwargs, message):
+    state = aj.adamw(1e-2).init(P)
+    with pytest.raises(ValueError, match=message):
+        aj.override_hyperparams(state, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: aj.adamw(aj.Phases([aj.Phase(steps=1, b1=0.9)])), "do not set it"),
+        (lambda: aj.sgd(aj.one_cycle(1.0, steps=9, b2=0.9)), "set b2, which is not"),
+        (lambda: aj.adamw(aj.one_cycle(1.0, steps=9), b1=0.8), "b1=0.8 was given, but"),
+        (
+            lambda: aj.sgd(aj.one_cycle(1.0, steps=9), 0.8),
+            "momentum=0.8 was given, but the phases drive b1",
+        ),
+        (
+            lambda: aj.adamw(
+                aj.one_cycle(1.0, steps=9, weight_decay=0.1), weight_decay=0.2
+            ),
+            "weight_decay=0.2 was given",
+        ),
+        (lambda: aj.adamw(-1e-3), "learning_rate must be finite and >= 0, got -0.001"),
+        (lambda: aj.adamw(float("nan")), "learning_rate must be .* nan"),
+        (lambda: aj.adamw(jnp.float32(-1)), "learning_rate must be .*-1"),
+        (lambda: aj.adamw(1e-3, b1=lambda t: 1.5 + 0 * t), r"b1 must be in \[0, 1\)"),
+        (lambda: aj.adamw(1e-3, eps=-1.0), "eps must be"),
+    ],
+)
+def test_bad_drivers_are_refused_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_schedule_that_ends_below_zero_does_not_stop_an_eager_run():
+    tx = aj.sgd(lambda t: 0.1 - 0.1 * jnp.float32(t) - 1e-9)
+    state = tx.init(P)
+    for _ in range(3):
+        _, state = tx.update(G, state, P)

@@ -1,0 +1,279 @@
+"""The optimizers: chains, conventions of decay, Optax's signatures and numbers."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import adam_loop, constant, sgd_loop
+
+import adamw_jax as aj
+
+rng = np.random.default_rng(2)
+P0 = 0.25 * rng.normal(size=12)
+GRADS = rng.normal(size=(40, 12))
+
+
+def path(tx, grads=GRADS):
+    @jax.jit
+    def loop(p, grads):
+        def step(carry, g):
+            updates, state = tx.update(g, carry[1], carry[0])
+            p = aj.apply_updates(carry[0], updates)
+            return (p, state), p
+
+        return jax.lax.scan(step, (p, tx.init(p)), grads)[1]
+
+    return np.asarray(loop(jnp.asarray(P0, float), jnp.asarray(grads, float)))
+
+
+SAME_AS_OPTAX = {
+    "adam": lambda lib: lib.adam(1e-2, 0.8, 0.99, 1e-4),
+    "nadam": lambda lib: lib.adam(1e-2, nesterov=True),
+    "adamw": lambda lib: lib.adamw(1e-2, weight_decay=0.1),
+    "adamw defaults": lambda lib: lib.adamw(1e-2),
+    "nadamw": lambda lib: lib.adamw(1e-2, 0.8, weight_decay=0.1, nesterov=True),
+    "sgd": lambda lib: lib.sgd(1e-2),
+    "momentum": lambda lib: lib.sgd(1e-2, 0.9),
+    "nesterov": lambda lib: lib.sgd(1e-2, 0.9, True),
+    "scheduled": lambda lib: lib.adamw(optax.linear_schedule(1e-2, 0.0, 40)),
+}
+
+
+@pytest.mark.parametrize("name", SAME_AS_OPTAX)
+def test_numbers_of_optax(x64, lenient, name):
+    ours, theirs = (path(SAME_AS_OPTAX[name](lib)) for lib in (aj, optax))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+PAIRS = ["adam", "adamw", "amsgrad", "sgd", "scale_by_adam", "scale_by_amsgrad"]
+PAIRS += ["trace", "add_decayed_weights", "scale_by_learning_rate"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_signatures_of_optax(name):
+    """Swapping the import is enough: same names, order, kinds and defaults."""
+    ours = list(inspect.signature(getattr(aj, name)).parameters.values())
+    theirs = list(inspect.signature(getattr(optax, name)).parameters.values())
+    positional = [p for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    their_positional = [p for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [p.name for p in positional] == [p.name for p in their_positional]
+    by_name = {p.name: p for p in ours}
+    for theirs_p in theirs:
+        if name == "scale_by_learning_rate" and theirs_p.default is None:
+            continue  # Optax allows no rate at all
+        assert by_name[theirs_p.name].default == theirs_p.default, theirs_p.name
+    extra = [p for p in ours if p.name not in {q.name for q in theirs}]
+    assert all(p.kind is p.KEYWORD_ONLY for p in extra)
+
+
+@pytest.mark.parametrize("dampened", [False, True])
+@pytest.mark.parametrize("decay", [{}, {"l2": 0.1}, {"weight_decay": 0.1}])
+def test_sgd_with_cycled_momentum(x64, dampened, decay):
+    phases = aj.one_cycle(1e-2, steps=40)
+    expected = sgd_loop(
+        P0,
+        GRADS,
+        lambda t: phases.at(t)["learning_rate"],
+        lambda t: phases.at(t)["b1"],
+        dampened=dampened,
+        **decay,
+    )
+    ours = path(aj.sgd(phases, dampened=dampened, **decay))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad l2", "amsgrad decoupled"])
+def test_one_cycle_against_numpy(x64, name):
+    """The article's run: rate and b1 cycled, b2 = .99, exact correction."""
+    phases = aj.one_cycle(1e-2, steps=40, b2=0.99)
+    tx, decay = {
+        "adam": lambda: (aj.adam(phases, l2=0.1), {"l2": 0.1}),
+        "adamw": lambda: (aj.adamw(phases, weight_decay=0.1), {"weight_decay": 0.1}),
+        "amsgrad l2": lambda: (aj.amsgrad(phases, l2=0.1), {"l2": 0.1}),
+        "amsgrad decoupled": lambda: (
+            aj.amsgrad(phases, weight_decay=0.1),
+            {"weight_decay": 0.1},
+        ),
+    }[name]()
+    expected = adam_loop(
+        P0,
+        GRADS,
+        lambda t: phases.at(t)["learning_rate"],
+        lambda t: phases.at(t)["b1"],
+        constant(0.99),
+        maximum="raw" if "amsgrad" in name else None,
+        **decay,
+    )
+    np.testing.assert_allclose(path(tx), expected, rtol=0, atol=1e-13)
+
+
+def test_the_articles_adam(x64):
+    """PyTorch 0.4 as it was: current beta to the power t, eps on the raw root."""
+    phases = aj.one_cycle(1e-2, steps=40, b2=0.99)
+    m, v, p, expected = 0.0, 0.0, P0, []
+    for t, g in enumerate(GRADS):
+        now = phases.at(t)
+        p = p * (1 - 0.1 * now["learning_rate"])  # fastai's step, before Adam's
+        m = now["b1"] * m + (1 - now["b1"]) * g
+        v = 0.99 * v + (1 - 0.99) * g * g
+        size = np.sqrt(1 - 0.99 ** (t + 1)) / (1 - now["b1"] ** (t + 1))
+        p = p - now["learning_rate"] * size * m / (np.sqrt(v) + 1e-3)
+        expected.append(p)
+    tx = aj.adamw(
+        phases, eps=1e-3, weight_decay=0.1, bias_correction="torch", epsilon_hat=True
+    )
+    np.testing.assert_allclose(path(tx), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("make", [aj.adamw, aj.amsgrad, aj.sgd])
+@pytest.mark.parametrize("kind", ["constant", "phases", "schedule"])
+def test_loshchilov_and_hutter(x64, make, kind):
+    """p <- p - eta_t (alpha u + lambda p): no learning rate on the decay."""
+    alpha, decay = 1e-2, 3e-3
+    phases = aj.Phases([aj.Phase(steps=40, learning_rate=(alpha, 1e-3, "cosine"))])
+    learning_rate, base = {
+        "constant": (alpha, None),
+        "phases": (phases, None),
+        "schedule": (phases.schedule("learning_rate"), alpha),
+    }[kind]
+    eta = (lambda t: 1.0) if kind == "constant" else None
+    eta = eta or (lambda t: phases.at(t)["learning_rate"] / alpha)
+    tx = make(
+        learning_rate,
+        weight_decay=decay,
+        decay_scale="schedule",
+        base_learning_rate=base,
+    )
+    loop = sgd_loop if make is aj.sgd else adam_loop
+    maximum = {"maximum": "raw"} if make is aj.amsgrad else {}
+    expected = loop(
+        P0, GRADS, lambda t: alpha * eta(t), weight_decay=decay / alpha, **maximum
+    )
+    np.testing.assert_allclose(path(tx), expected, rtol=0, atol=1e-13)
+
+
+def test_decay_by_the_schedule_does_not_move_with_the_rate():
+    """With no gradient only the decay is left: the same for any base rate."""
+    for lr in (1e-4, 1e-2):
+        tx = aj.adamw(lr, weight_decay=0.01, decay_scale="schedule")
+        p = jnp.ones(2)
+        updates, _ = tx.update(jnp.zeros(2), tx.init(p), p)
+        np.testing.assert_allclose(updates, -0.01, rtol=1e-6)
+
+
+def test_phases_drive_the_decay():
+    phases = aj.Phases([aj.Phase(steps=4, learning_rate=1.0, weight_decay=(0.0, 0.4))])
+    zeros, p = jnp.zeros(2), jnp.ones(2)
+    for tx in (
+        aj.adamw(phases),
+        aj.amsgrad(phases),
+        aj.sgd(phases),
+        aj.sgd(phases, l2=phases),
+    ):
+        state = tx.init(p)
+        for k in range(4):
+            updates, state = tx.update(zeros, state, p)
+            np.testing.assert_allclose(updates, -0.1 * k, atol=1e-6)
+    # As an L2 gradient, Adam normalises it away.
+    tx = aj.adam(phases)
+    state = tx.init(p)
+    _, state = tx.update(zeros, state, p)
+    updates, _ = tx.update(zeros, state, p)
+    assert (updates < -0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: aj.amsgrad(1e-3, l2=0.1, weight_decay=0.1), "l2 or weight_decay, not"),
+        (
+            lambda: aj.sgd(1e-3, l2=0.1, weight_decay=0.1),
+            "l2 or weight_decay, not both",
+        ),
+        (lambda: aj.sgd(1e-3, nesterov=True), "need a momentum"),
+        (lambda: aj.sgd(1e-3, dampened=True), "need a momentum"),
+        (lambda: aj.sgd(1e-3, 1.0), r"decay must be in \[0, 1\)"),
+        (lambda: aj.adam(1e-3, l2=-1.0), "l2 must be"),
+        (lambda: aj.adamw(1e-3, weight_decay=-1.0), "weight_decay must be"),
+        (lambda: aj.adamw(1e-3, decay_scale="lr"), "decay_scale must be one of"),
+        (lambda: aj.adamw(1e-3, base_learning_rate=1.0), "goes with decay_scale"),
+        (
+            lambda: aj.adamw(lambda t: 1e-3, decay_scale="schedule"),
+            "needs base_learning_rate",
+        ),
+        (
+            lambda: aj.adamw(0.0, decay_scale="schedule"),
+            "base_learning_rate must be > 0",
+        ),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- properties ---------------------------------------------------------------------
+
+shapes = st.sampled_from([(), (0,), (1,), (3,), (2, 3), (2, 0, 3)])
+dtypes = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
+leaves = st.one_of(st.none(), st.builds(jnp.zeros, shapes, dtypes))
+trees = st.recursive(
+    leaves,
+    lambda t: st.one_of(
+        st.lists(t, max_size=3),
+        st.lists(t, max_size=2).map(tuple),
+        st.dictionaries(st.sampled_from("abc"), t, max_size=3),
+    ),
+    max_leaves=6,
+)
+optimizers = st.sampled_from(
+    [
+        aj.adam(1e-2, l2=0.1),
+        aj.adamw(1e-2, mu_dtype=jnp.bfloat16),
+        aj.adamw(aj.one_cycle(1e-2, steps=5), nu_dtype=jnp.bfloat16),
+        aj.amsgrad(1e-2, weight_decay=0.1),
+        aj.sgd(1e-2, 0.9, weight_decay=0.1),
+        optax.chain(aj.sgd(1e-2), aj.round_updates_stochastically()),
+    ]
+)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(trees.filter(lambda tree: tree is not None), optimizers)
+def test_any_tree(params, tx):
+    """Structure, shapes and dtypes survive an update; a zero gradient moves nothing."""
+    state = tx.init(params)
+    updates, new = tx.update(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    for old_leaf, new_leaf in zip(
+        jax.tree.leaves(state), jax.tree.leaves(new), strict=True
+    ):
+        assert (old_leaf.shape, old_leaf.dtype) == (new_leaf.shape, new_leaf.dtype)
+    moved = aj.apply_updates(params, updates)
+    for p, q in zip(jax.tree.leaves(params), jax.tree.leaves(moved), strict=True):
+        assert (p.shape, p.dtype) == (q.shape, q.dtype)
+        np.testing.assert_array_equal(np.asarray(p, float), np.asarray(q, float))
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)), min_size=1, max_size=30
+    ),
+    st.floats(-5, 5).map(lambda x: 10.0**x),
+)
+def test_constant_gradient_under_any_betas(betas, size):
+    """However b1 and b2 wander, a constant gradient gives its sign."""
+    b1, b2 = (jnp.asarray(column, jnp.float32) for column in zip(*betas, strict=True))
+    tx = aj.scale_by_adam(lambda t: b1[t], lambda t: b2[t], eps=0.0)
+    g = jnp.array([size, -size], jnp.float32)
+    state = tx.init(g)
+    for _ in betas:
+        updates, state = tx.update(g, state)
+        np.testing.assert_allclose(updates, [1.0, -1.0], rtol=5e-6)
