@@ -59,7 +59,11 @@ def check_scalar(
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if not (0 <= number < below):
+    # As it will be computed with: 1 - 1e-9 is 1 in float32.
+    rounded = (
+        float(np.asarray(number, jnp.result_type(float))) if below == 1 else number
+    )
+    if not (0 <= rounded < below):
         allowed = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
@@ -84,13 +88,15 @@ def check_storage_dtype(name: str, dtype: Any) -> None:
 
 def compute_dtype(dtype: Any) -> Any:
     """Arithmetic is done in float32, in float64 for float64 leaves."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    x64 = dtype == jnp.float64 and jax.config.read("jax_enable_x64")
+    return jnp.float64 if x64 else jnp.float32
 
 
 def scalar_dtype(tree: Any) -> Any:
     """The dtype of scalars that meet every leaf of the tree: float32 or float64."""
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    return jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    wide = any(compute_dtype(leaf.dtype) == jnp.float64 for leaf in leaves)
+    return jnp.float64 if wide else jnp.float32
 
 
 def increment(count: jax.Array) -> jax.Array:
@@ -173,6 +179,7 @@ def map_leaves(
         update = update if hasattr(update, "dtype") else jnp.asarray(update)
         if not jnp.issubdtype(update.dtype, jnp.floating):
             raise TypeError(f"update {path_string(path)} has dtype {update.dtype}")
+        leaves = [jnp.asarray(x) if isinstance(x, int | float) else x for x in leaves]
         for name, leaf in zip(trees, leaves, strict=True):
             if leaf is None or not hasattr(leaf, "shape"):
                 raise ValueError(

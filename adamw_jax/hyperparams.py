@@ -1,5 +1,6 @@
 """Hyperparameters in the state: one counter drives them, users read and change them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,10 @@ class HyperparamsState(NamedTuple):
 
     step: jax.Array  # int32 []: updates done; the one counter of all schedules
     hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
-    held: jax.Array  # bool [n], by sorted name: overridden, the schedule is ignored
+    left: (
+        jax.Array
+    )  # float [n], by sorted name: the values as the last update left them
+    held: jax.Array  # bool [n]: overridden, what drives the value is ignored
     inner_state: optax.OptState
 
 
@@ -30,7 +34,9 @@ def with_hyperparams(
     All schedules are read at one step counter. The state holds the values in force:
     read them with :func:`current_hyperparams`, change them with
     :func:`override_hyperparams`, both also inside `jit`; a new value is data and does
-    not retrace.
+    not retrace. A value that was changed in the state, by that function or by hand,
+    holds. Otherwise the number or schedule given here decides, also when the
+    transformation was built anew around an old state, with another learning rate.
 
     Unlike `optax.inject_hyperparams`: values are float32 whatever the parameters'
     dtype (a b2 of .999 is 1 in bfloat16); only what is named here is a
@@ -70,32 +76,44 @@ def with_hyperparams(
     # Bad arguments are refused now, not at init: the factory sees the first values.
     factory(**{name: _number(driver) for name, driver in drivers.items()})
 
-    def value(name, step, dtype):
-        driver = drivers[name]
-        new = driver(step) if callable(driver) else driver
-        return jnp.array(new, dtype)  # a copy: the state can be donated
+    def driven(step, dtype):
+        """What the drivers say at a step; copies, so that the state can be donated."""
+        return {
+            name: jnp.array(driver(step) if callable(driver) else driver, dtype)
+            for name, driver in sorted(drivers.items())
+        }
+
+    def left(values):
+        return jnp.stack([values[name] for name in names])
 
     def init(params):
         step = jnp.zeros([], jnp.int32)
-        dtype = scalar_dtype(params)
-        values = {name: value(name, step, dtype) for name in names}
+        values = driven(step, scalar_dtype(params))
         held = jnp.zeros(len(names), bool)
-        return HyperparamsState(step, values, held, factory(**values).init(params))
+        inner_state = factory(**values).init(params)
+        return HyperparamsState(step, values, left(values), held, inner_state)
 
     def update(updates, state, params=None, **extra_args):
-        # As arrays, should the user have put a Python number there.
-        current = {k: jnp.asarray(v) for k, v in state.hyperparams.items()}
-        inner = optax.with_extra_args_support(factory(**current))
+        dtype = state.left.dtype
+        there = {k: jnp.asarray(v, dtype) for k, v in state.hyperparams.items()}
+        held = state.held | (left(there) != state.left)  # changed by hand: it holds
+
+        def in_force(step):
+            values = driven(step, dtype)
+            return {
+                name: jnp.where(held[i], there[name], values[name])
+                for i, name in enumerate(names)
+            }
+
+        inner = optax.with_extra_args_support(factory(**in_force(state.step)))
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
         step = increment(state.step)
-        following = dict(current)  # a constant keeps what the user put there
-        for i, name in enumerate(names):
-            if callable(drivers[name]):
-                new = value(name, step, current[name].dtype)
-                following[name] = jnp.where(state.held[i], current[name], new)
-        return updates, HyperparamsState(step, following, state.held, inner_state)
+        following = in_force(step)
+        return updates, HyperparamsState(
+            step, following, left(following), held, inner_state
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -103,13 +121,12 @@ def with_hyperparams(
 def _resolve(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """Replaces phases by their schedule for each hyperparameter that they set."""
     drivers = dict(hyperparams)
-    for given_for, phases in hyperparams.items():
-        if not isinstance(phases, Phases):
-            continue
+    given = {k: v for k, v in hyperparams.items() if isinstance(v, Phases)}
+    if any(phases is not next(iter(given.values())) for phases in given.values()):
+        raise ValueError(f"{' and '.join(given)} were given different phases")
+    for given_for, phases in given.items():
         for name in phases.names:
-            target = name
-            if name == "b1" and "b1" not in drivers and "momentum" in drivers:
-                target = "momentum"
+            target = driven_name(name, drivers)
             if target not in drivers:
                 raise ValueError(
                     f"the phases set {name}, which is not a hyperparameter here; "
@@ -121,12 +138,20 @@ def _resolve(hyperparams: dict[str, Any]) -> dict[str, Any]:
     return drivers
 
 
+def driven_name(name: str, hyperparams: dict[str, Any]) -> str:
+    """What phases call b1 is the momentum of SGD."""
+    takes_momentum = "b1" not in hyperparams and "momentum" in hyperparams
+    return "momentum" if name == "b1" and takes_momentum else name
+
+
 def _number(driver: Any) -> Any:
     """The first value, as a number where it is one, so that it can be checked."""
-    value = driver(0) if callable(driver) else driver
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
-        return np.asarray(value)[()]
-    return value
+    if callable(driver):
+        with jax.ensure_compile_time_eval():
+            driver = driver(jnp.zeros([], jnp.int32))
+    if isinstance(driver, jax.Array) and not isinstance(driver, jax.core.Tracer):
+        return np.asarray(driver)[()]
+    return driver
 
 
 def _states(state: Any) -> list[HyperparamsState]:
@@ -162,7 +187,8 @@ def current_hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
         raise ValueError(
             f"the state holds the hyperparameters of {len(found)} optimizers, not 1"
         )
-    return dict(found[0].hyperparams)
+    # Out of the Variables of nnx.Optimizer, if it holds the state.
+    return {k: jax.tree.leaves(v)[0] for k, v in found[0].hyperparams.items()}
 
 
 def override_hyperparams(
@@ -171,12 +197,13 @@ def override_hyperparams(
     """A state in which hyperparameters have new values, from the next update on.
 
     The value holds, also where a schedule or phases drive the hyperparameter, until it
-    is overridden again or released with None: then the schedule takes over behind the
-    next update, at the step that the run is at.
+    is overridden again or released with None: then the next update uses again what
+    the schedule says at its step.
 
     Args:
         state: as for :func:`current_hyperparams`.
-        **values: by name: a number or a traced scalar, or None to release.
+        **values: by name: a number or a traced scalar, or None to release. For a state
+            made by `jax.vmap` also an array with a value for each member.
 
     Returns:
         The new state; nothing is retraced.
@@ -198,19 +225,33 @@ def override_hyperparams(
     def override(node):
         if not isinstance(node, HyperparamsState):
             return node
-        new, held, names = dict(node.hyperparams), node.held, sorted(node.hyperparams)
+        new, names = dict(node.hyperparams), sorted(node.hyperparams)
+        left, held = node.left, node.held
         for name, value in values.items():
             if name not in new:
                 raise ValueError(f"no hyperparameter {name}; there are {names}")
-            held = held.at[..., names.index(name)].set(value is not None)
+            i = names.index(name)
             if value is not None:
-                decay = name in ("b1", "b2", "momentum")
-                check_scalar(name, value, below=1 if decay else float("inf"))
-                # Of the same shape: a state made by vmap takes one value for all.
-                old = new[name]
-                new[name] = jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape)
-        return node._replace(hyperparams=new, held=held)
+                _check_override(name, value, new[name])
+                new[name] = _set(new[name], ..., value)
+                left = _set(left, (..., i), value)
+            held = _set(held, (..., i), value is not None)
+        return node._replace(hyperparams=new, left=left, held=held)
 
     return jax.tree.map(
         override, state, is_leaf=lambda x: isinstance(x, HyperparamsState)
+    )
+
+
+def _check_override(name: str, value: Any, old: Any) -> None:
+    shape = np.shape(jax.tree.leaves(old)[0])
+    if shape and np.shape(value) == shape:
+        return  # one value for each member of a state that vmap made
+    check_scalar(name, value, below=1 if name in ("b1", "b2", "momentum") else math.inf)
+
+
+def _set(old: Any, where: Any, value: Any) -> Any:
+    """A copy with the value at an index; also inside a Variable of nnx.Optimizer."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x).at[where].set(jnp.asarray(value, x.dtype)), old
     )

@@ -26,12 +26,13 @@ from ._tree import (
 Mask = Any | Callable[[Any], Any] | None
 
 # The names of Flax (Linen, NNX), Haiku, Equinox and PyTorch for what is not a matrix.
+_MATRIX_LEAF = re.compile(r"^(kernel|embedding)$", re.IGNORECASE)
 _BIAS_OR_NORM_LEAF = re.compile(
-    r"^(.*_)?(bias(_\w+)?|b|offset|scale|gamma|beta)$", re.IGNORECASE
+    r"^((.*_)?bias(_\w+)?|b|offset|scale|gamma|beta)$", re.IGNORECASE
 )
 _NORM_MODULE = re.compile(
-    r"(batch|layer|group|instance|rms|sync)_?norm|(^|_)norm(_|\d|$)|norm(_?\d+)?$"
-    r"|^(bn|ln)(_?\d+|_[a-z]+)?$",
+    r"(batch|layer|group|instance|rms|sync)_?norm(_?\d+)?$|(^|_)norms?\d*(_|$)"
+    r"|norm(_?\d+)?$|(^|_)(bn|ln)s?\d*(_|$)",
     re.IGNORECASE,
 )
 
@@ -88,7 +89,7 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
         paths = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
         ]
-        if not any(matches(path) for path in paths):
+        if paths and not any(matches(path) for path in paths):
             raise ValueError(
                 f"{' and '.join(map(repr, patterns))} match no leaf; the leaves are "
                 + ", ".join(paths)
@@ -101,11 +102,12 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
 def no_decay_on_bias_and_norm(params: Any) -> Any:
     """The usual mask for weight decay: all but biases and the affine of norm layers.
 
-    A leaf is left out if its name is bias, b, offset, scale, gamma or beta, or if a
-    module above it is named as a norm (`LayerNorm_0`, `bn1`, `ln_f`, `final_norm`).
-    Only names count, so that the `(layers, features)` biases of scanned layers are
-    left out as well. PyTorch names norm scales `weight`: there the module's name
-    decides. Look at the result with :func:`describe_mask`.
+    A leaf is left out if its name is b, offset, scale, gamma or beta, or has the word
+    bias in it, or if the module that holds it is named as a norm (`LayerNorm_0`,
+    `bn1`, `ln_f`, `final_norm`), unless it is a `kernel` or an `embedding`. Only names
+    count, so that the `(layers, features)` biases of scanned layers are left out as
+    well. PyTorch names norm scales `weight`: there the module's name decides. Look at
+    the result with :func:`describe_mask`.
 
     Args:
         params: any tree.
@@ -122,9 +124,11 @@ def no_decay_on_bias_and_norm(params: Any) -> Any:
     """
 
     def decays(path, _):
-        *modules, leaf = path.split("/")
-        return not (
-            _BIAS_OR_NORM_LEAF.search(leaf) or any(map(_NORM_MODULE.search, modules))
+        *modules, leaf = re.split(r"[/.]", path)
+        # The nearest module that is not a number in a list.
+        module = next((m for m in reversed(modules) if not m.isdigit()), "")
+        return bool(_MATRIX_LEAF.search(leaf)) or not (
+            _BIAS_OR_NORM_LEAF.search(leaf) or _NORM_MODULE.search(module)
         )
 
     return mask_by(decays)(params)
@@ -247,22 +251,19 @@ def scale_by_group(
         check_scalar(f"multipliers[{name!r}]", value)
 
     def resolve(params):
-        tree = labels(params) if callable(labels) else labels
-        tree = _broadcast("labels", tree, params)
-        used = set()
+        tree = _broadcast("labels", _call(labels, params), params)
         for path, label in jax.tree_util.tree_leaves_with_path(tree):
             if label not in multipliers:
                 raise ValueError(
                     f"leaf {path_string(path)} has the label {label!r}, but there are "
                     f"multipliers for {', '.join(multipliers)} only"
                 )
-            used.add(label)
-        if unused := set(multipliers) - used:
-            raise ValueError(f"no leaf has the label {', '.join(sorted(unused))}")
         return tree
 
     def init(params):
-        resolve(params)
+        used = set(jax.tree.leaves(resolve(params)))
+        if used and (unused := set(multipliers) - used):
+            raise ValueError(f"no leaf has the label {', '.join(sorted(unused))}")
         return optax.EmptyState()
 
     def update(updates, state, params=None):
@@ -333,9 +334,10 @@ def freeze(
         )
 
         def zero(u, new_u):
+            if u is None or not isinstance(new_u, optax.MaskedNode):
+                return None if u is None else new_u
             # -0.0, the neutral element: -0.0 + 0.0 would flip the sign of a zero.
-            frozen_here = isinstance(new_u, optax.MaskedNode)
-            return jnp.full_like(u, -0.0) if frozen_here and u is not None else new_u
+            return jnp.full_like(u, -0.0)
 
         # Up to the leaves of the updates, so that a MaskedNode counts as one.
         new = jax.tree.map(zero, updates, new, is_leaf=is_none)
@@ -349,7 +351,8 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
     if mask is None:
         return jax.tree.map(lambda _: True, params)
     # A callable module (Equinox) of bools is a tree, although it can be called.
-    is_tree = all(isinstance(x, bool | np.bool_) for x in jax.tree.leaves(mask))
+    leaves = jax.tree.leaves(mask)
+    is_tree = leaves and all(isinstance(x, bool | np.bool_) for x in leaves)
     tree = _broadcast("mask", mask if is_tree else _call(mask, params), params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, bool | np.bool_):
@@ -370,6 +373,8 @@ def leaf_flags(mask: Mask, params: Any, updates: Any) -> list[bool]:
 
 def _broadcast(name: str, tree: Any, params: Any) -> Any:
     """Gives every leaf of params its value in a tree that may be a prefix of theirs."""
+    if not jax.tree.leaves(params):  # nothing to mask; optax.tree.map_params asks so
+        return params
     try:
         return jax.tree.map(lambda x, sub: jax.tree.map(lambda _: x, sub), tree, params)
     except (ValueError, TypeError):

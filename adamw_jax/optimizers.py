@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ._tree import (
@@ -15,7 +17,7 @@ from ._tree import (
     is_none,
     is_static,
 )
-from .hyperparams import with_hyperparams
+from .hyperparams import driven_name, with_hyperparams
 from .masks import Mask
 from .phases import Phases
 from .transforms import (
@@ -84,7 +86,8 @@ def adam(
 
     Raises:
         TypeError, ValueError: an argument out of range, named in the message; phases
-            that drive a hyperparameter for which a value was given as well.
+            that drive a hyperparameter for which a value other than its default was
+            given as well.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -191,7 +194,8 @@ def adamw(
 
     Raises:
         TypeError, ValueError: an argument out of range, named in the message; phases
-            that drive a hyperparameter for which a value was given as well.
+            that drive a hyperparameter for which a value other than its default was
+            given as well.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -411,6 +415,8 @@ def sgd(
     decay = _decay(learning_rate, weight_decay=weight_decay, l2=l2)
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
     in_gradient = _is_given(l2)
+    if momentum is not None and not isinstance(momentum, Phases):
+        check_scalar("momentum", momentum, below=1, schedule=True)
     hyperparams = {"learning_rate": learning_rate, **decay}
     if momentum is not None or _drives(learning_rate, "b1"):
         hyperparams["momentum"] = momentum
@@ -455,8 +461,10 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     def add(p, u):
         if p is None or u is None:
             return p
-        dtype = compute_dtype(p.dtype)
-        return (p.astype(dtype) + u.astype(dtype)).astype(p.dtype)
+        if not hasattr(u, "dtype") or not jnp.issubdtype(p.dtype, jnp.floating):
+            return (p + u).astype(p.dtype)
+        wide = compute_dtype(p.dtype)
+        return (p.astype(wide) + u.astype(wide)).astype(p.dtype)
 
     return jax.tree.map(add, params, updates, is_leaf=is_none)
 
@@ -513,10 +521,10 @@ def _base_learning_rate(
         return 1.0
     if base is None:
         if isinstance(learning_rate, Phases):
-            base = max(
-                learning_rate.at(step)["learning_rate"]
-                for step in range(learning_rate.total_steps)
-            )
+            if not _drives(learning_rate, "learning_rate"):
+                return 1.0  # refused with its own message a little later
+            steps = np.arange(learning_rate.total_steps)
+            base = float(learning_rate.schedule("learning_rate")(steps).max())
         elif callable(learning_rate):
             raise ValueError(
                 "decay_scale='schedule' needs base_learning_rate with a schedule"
@@ -533,17 +541,17 @@ def _drive(
     optimizer: Callable, chain: Callable, **hyperparams: Any
 ) -> optax.GradientTransformationExtraArgs:
     """`with_hyperparams`, where phases must not silently replace what the user gave."""
-    phases = hyperparams["learning_rate"]
-    if isinstance(phases, Phases):
-        parameters = inspect.signature(optimizer).parameters
-        for name in phases.names:
-            target = "momentum" if name == "b1" and "momentum" in hyperparams else name
-            value = hyperparams.get(target)
-            default = parameters[target].default if target in parameters else 0.0
-            if value is not phases and (
-                callable(value) or value not in (None, default)
-            ):
-                raise ValueError(
-                    f"{target}={value!r} was given, but the phases drive {name} as well"
-                )
+    parameters = inspect.signature(optimizer).parameters
+    phases = next((v for v in hyperparams.values() if isinstance(v, Phases)), None)
+    for name in phases.names if phases else ():
+        target = driven_name(name, hyperparams)
+        value = hyperparams.get(target)
+        default = parameters[target].default if target in parameters else 0.0
+        unset = value is None or (is_static(value) and value == default)
+        if value is not phases and not unset:
+            both = target == "weight_decay" and "l2" in parameters
+            raise ValueError(
+                f"{'l2 or weight_decay' if both else target}={value!r} was given, but "
+                f"the phases drive {name} as well"
+            )
     return with_hyperparams(chain, **hyperparams)

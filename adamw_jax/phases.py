@@ -1,6 +1,7 @@
 """Phases: one list that drives learning rate, betas and weight decay, as plain data."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -57,6 +58,9 @@ class Phase:
     weight_decay: Any = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = _plain(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 "a phase lasts a number of steps or of epochs: "
@@ -68,17 +72,25 @@ class Phase:
         if duration == 0:
             raise ValueError(f"{unit} must be > 0: a phase has a length")
         for name in HYPERPARAMS:
-            value = getattr(self, name)
-            if isinstance(value, list):  # as it comes from JSON
-                value = tuple(value)
-                object.__setattr__(self, name, value)
-            if value is not None:
-                _check_ramp(name, value)
+            if getattr(self, name) is not None:
+                _check_ramp(name, getattr(self, name))
 
     def __repr__(self):
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         text = ", ".join(f"{name}={v!r}" for name, v in fields if v is not None)
         return f"Phase({text})"
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Python numbers and tuples of them: what JSON and repr give back."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(name, v) for v in value)
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is a traced value, but phases are plain data: scale a schedule of "
+            "theirs instead, as in lambda t: rate * phases.schedule('learning_rate')(t)"
+        )
+    return value.item() if isinstance(value, np.generic | jax.Array) else value
 
 
 def _check_ramp(name: str, value: Any) -> None:
@@ -164,6 +176,8 @@ class Phases:
 
     def __post_init__(self):
         object.__setattr__(self, "phases", tuple(self.phases))
+        for name in ("steps_per_epoch", "begin"):
+            object.__setattr__(self, name, _plain(name, getattr(self, name)))
         if not self.phases:
             raise ValueError("phases must hold at least one Phase")
         check_choice("rule", self.rule, ("fastai", "torch"))
@@ -185,13 +199,17 @@ class Phases:
                 )
         if not self.names:
             raise ValueError(f"phases must set at least one of {HYPERPARAMS}")
+        if self.boundaries[-1] >= 2**31:
+            raise ValueError(
+                f"{self.boundaries[-1]:.3g} steps are more than int32 holds"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The hyperparameters that the phases set."""
         return _names(self.phases[0])
 
-    @property
+    @functools.cached_property
     def durations(self) -> tuple[float, ...]:
         """Of each phase, in steps, with fractions."""
         per_epoch = self.steps_per_epoch or math.nan  # checked where it is needed
@@ -202,14 +220,18 @@ class Phases:
             for phase in self.phases
         )
 
-    @property
+    @functools.cached_property
     def boundaries(self) -> tuple[float, ...]:
         """Where each phase begins, and where the last one ends, in steps."""
         lengths = self.durations
         ends = [self.begin + math.fsum(lengths[: i + 1]) for i in range(len(lengths))]
         if self.rule == "fastai":
             # Rounded, so that 7038.000000000001 does not become a step more.
-            ends = [math.ceil(round(end, 6)) for end in ends]
+            *ends, last = [math.ceil(round(end, 6)) for end in ends]
+            # The end of a phase is looked for behind a step: it has one at least.
+            for i, end in enumerate(ends):
+                ends[i] = max(end, ends[i - 1] + 1 if i else 1)
+            ends = [min(end, last) for end in ends] + [last]
         return (self.begin, *ends)
 
     @property
@@ -217,7 +239,7 @@ class Phases:
         """The number of updates that the phases are made for."""
         return int(self._first_steps[-1])
 
-    @property
+    @functools.cached_property
     def _first_steps(self) -> np.ndarray:
         """The first whole step of each phase, and the one behind the last phase."""
         boundaries = np.round(self.boundaries, 6)
@@ -324,7 +346,9 @@ class Phases:
         rows = [("steps", *self.names)]
         for i, phase in enumerate(self.phases):
             cells = [_show(getattr(phase, name)) for name in self.names]
-            rows.append((f"{first[i]}-{first[i + 1] - 1}", *cells))
+            last = first[i + 1] - 1
+            steps = f"{first[i]}-{last}" if last >= first[i] else "none"
+            rows.append((steps, *cells))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join(
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -385,9 +409,9 @@ def _stretches(
     return lambda share: {unit: length * share}
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: Any) -> None:
     for name, value in values.items():
-        check_scalar(name, value)
+        check_scalar(name, _plain(name, value))
         if value == 0:
             raise ValueError(f"{name} must be > 0, got {value!r}")
 

@@ -15,9 +15,9 @@ def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
     $$ \lfloor x / u + r \rfloor \, u, \qquad r \sim U[0, 1), $$
 
     with $u$ the spacing of `dtype` at x. Round-to-nearest drops every change smaller
-    than half a spacing (1/512 of the value in bfloat16): an average in which 0.1 % of
-    the new value is mixed at each step never moves. Rounded stochastically it moves
-    now and then by a whole spacing, and its mean is the exact average.
+    than half a spacing (1/512 to 1/256 of the value in bfloat16): an average in which
+    0.1 % of the new value is mixed at each step never moves. Rounded stochastically it
+    moves now and then by a whole spacing, and its mean is the exact average.
 
     Args:
         x: float32 or float64, any shape.
@@ -25,7 +25,11 @@ def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
         bits: uint16 random bits, of the shape of x.
 
     Returns:
-        x in `dtype`. NaN and infinity stay what they are.
+        x in `dtype`; its mean is x to 2^-16 of a spacing. NaN and infinity stay what
+        they are; a value above the largest of `dtype` may become infinite.
+
+    Raises:
+        TypeError: bits of another dtype than uint16.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -37,6 +41,8 @@ def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
         >>> print(f"{rounded.astype('float32').mean():.4f}")
         1.0010
     """
+    if bits.dtype != jnp.uint16:
+        raise TypeError(f"bits must be uint16, got {bits.dtype}")
     info = jnp.finfo(dtype)
     _, exponent = jnp.frexp(x)  # |x| in [2^(e-1), 2^e)
     exponent = jnp.maximum(exponent - 1, int(info.minexp)) - int(info.nmant)

@@ -73,6 +73,14 @@ def _init_log_product(beta: ScalarOrSchedule, params: Any) -> LogProduct | None:
     return LogProduct(jnp.zeros([], dtype), jnp.zeros([], dtype))
 
 
+def _check_same_kind(name: str, beta: Any, state: LogProduct | None) -> None:
+    if is_static(beta) != (state is None):
+        raise ValueError(
+            f"{name} must be a number both at init and at update, or a schedule or "
+            f"traced value at both: got {beta!r} at update"
+        )
+
+
 def _beta_at(
     beta: ScalarOrSchedule,
     mode: BiasCorrection,
@@ -81,6 +89,8 @@ def _beta_at(
     dtype: Any,
 ) -> Beta:
     """The beta of a step (counted from 0) and its bias correction."""
+    if state is not None:
+        dtype = state.total.dtype  # as it was made, so that the state keeps its types
     t = (step + 1).astype(dtype)
     if is_static(beta):
         # The logarithm in float64: 1 - float32(b)**t is off by 1e-5 to 1e-3.
@@ -89,10 +99,10 @@ def _beta_at(
     else:
         decay = jnp.asarray(beta(step) if callable(beta) else beta).astype(dtype)
         rest = 1 - decay
-        log = jnp.maximum(jnp.log1p(-rest), -1000.0)  # b = 0; exp(-1000) is 0 too
+        # Not quite the logarithm of 0, and with a gradient there.
+        log = jnp.log1p(-jnp.minimum(rest, 1 - float(jnp.finfo(dtype).epsneg)))
         total = t * log
-        if mode == "exact":
-            assert state is not None
+        if mode == "exact" and state is not None:
             corrected = log - state.lost
             total = state.total + corrected
             state = LogProduct(total, (total - state.total) - corrected)
@@ -102,10 +112,10 @@ def _beta_at(
     return Beta(decay, rest, correction, following, state)
 
 
-def _init_key(mu: Any, nu: Any, stochastic_rounding: bool, seed: int):
+def _init_key(mu_dtype: Any, nu_dtype: Any, stochastic_rounding: bool, seed: int):
     """A key in the state, if there is anything to round."""
-    leaves = jax.tree.leaves((mu, nu))
-    narrow = any(leaf.dtype != compute_dtype(leaf.dtype) for leaf in leaves)
+    dtypes = [jnp.dtype(dtype) for dtype in (mu_dtype, nu_dtype) if dtype is not None]
+    narrow = any(dtype != compute_dtype(dtype) for dtype in dtypes)
     return jax.random.PRNGKey(seed) if stochastic_rounding and narrow else None
 
 
@@ -171,7 +181,8 @@ def scale_by_adam(
       schedule. For a constant beta that is `-expm1(t log(beta))`, right to 2e-7 in
       float32 at every t, where `1 - beta**t` is off by 1e-5 (.999) to 1e-3 (.99999).
       `"torch"` takes the current beta to the power t, as PyTorch and fastai do: the
-      same for a constant beta, up to 40 % away in a short 1cycle. `"none"`: c = 1.
+      same for a constant beta, 37 % away at worst in a 1cycle of 20 steps, 1.5 % in
+      one of 1000. `"none"`: c = 1.
     * `epsilon_hat=True` adds eps to the uncorrected root,
       $u = \sqrt{c_2}/c_1 \; m / (\sqrt{v + \epsilon_{root}} + \epsilon)$: Keras,
       TensorFlow, and PyTorch before 1.3, hence the fast.ai article.
@@ -191,12 +202,15 @@ def scale_by_adam(
         bias_correction: `"exact"`, `"torch"` or `"none"`.
         epsilon_hat: where eps is added.
         stochastic_rounding: of moments stored in less than float32, with a key in the
-            state; their mean is then exact. Without it a constant gradient of 1 ends
+            state; their mean is then right. Without it a constant gradient of 1 ends
             at a bfloat16 mu of .984 (b1 = .9) or .805 (b1 = .99).
-        seed: of the rounding.
+        seed: of the rounding. `jax.vmap` of `init` gives every member the same key.
 
     Returns:
-        A transformation whose updates are float32 (float64 for float64 gradients).
+        A transformation whose updates are float32 (float64 for float64 gradients),
+        also for bfloat16 gradients, so that links behind it lose nothing. What selects
+        between updates and gradients, as `optax.apply_if_finite` does, needs both in
+        one dtype: cast bfloat16 gradients to float32 in front of it.
 
     Raises:
         TypeError, ValueError: an argument out of range (when called), a parameter
@@ -220,19 +234,19 @@ def scale_by_adam(
     _check_adam_arguments(b1, b2, eps, eps_root, mu_dtype, nu_dtype, bias_correction)
 
     def init(params: Any) -> Any:
-        mu = zeros_like_params(params, mu_dtype)
-        nu = zeros_like_params(params, nu_dtype)
         return ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
-            mu=mu,
-            nu=nu,
+            mu=zeros_like_params(params, mu_dtype),
+            nu=zeros_like_params(params, nu_dtype),
             log_b1=_init_log_product(b1, params),
             log_b2=_init_log_product(b2, params),
-            key=_init_key(mu, nu, stochastic_rounding, seed),
+            key=_init_key(mu_dtype, nu_dtype, stochastic_rounding, seed),
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
+        _check_same_kind("b1", b1, state.log_b1)
+        _check_same_kind("b2", b2, state.log_b2)
         dtype = scalar_dtype((updates, state.mu))
         beta1 = _beta_at(b1, bias_correction, state.count, state.log_b1, dtype)
         beta2 = _beta_at(b2, bias_correction, state.count, state.log_b2, dtype)
@@ -308,7 +322,7 @@ def scale_by_amsgrad(
 
     They differ much. Optax's remembers the first estimates, $v_1/c_2 = g_1^2$, for
     ever: after one gradient ten times too large its steps stay 6 times shorter than
-    PyTorch's 200 steps on. The paper's first steps are up to 30 times longer.
+    PyTorch's 200 steps on. The paper's first step is 3 times as long as PyTorch's.
 
     Args:
         b1: see :func:`scale_by_adam`, also for the other arguments not listed.
@@ -361,20 +375,20 @@ def scale_by_amsgrad(
     mode_nu = bias_correction if corrected and bias_correction_nu else "none"
 
     def init(params: Any) -> Any:
-        mu = zeros_like_params(params, mu_dtype)
-        nu = zeros_like_params(params, nu_dtype)
         return ScaleByAmsgradState(
             count=jnp.zeros([], jnp.int32),
-            mu=mu,
-            nu=nu,
+            mu=zeros_like_params(params, mu_dtype),
+            nu=zeros_like_params(params, nu_dtype),
             nu_max=zeros_like_params(params, nu_dtype),
             log_b1=_init_log_product(b1, params),
             log_b2=_init_log_product(b2, params),
-            key=_init_key(mu, nu, stochastic_rounding, seed),
+            key=_init_key(mu_dtype, nu_dtype, stochastic_rounding, seed),
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
+        _check_same_kind("b1", b1, state.log_b1)
+        _check_same_kind("b2", b2, state.log_b2)
         dtype = scalar_dtype((updates, state.mu))
         beta1 = _beta_at(b1, mode_mu, state.count, state.log_b1, dtype)
         beta2 = _beta_at(b2, mode_nu, state.count, state.log_b2, dtype)

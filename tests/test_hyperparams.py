@@ -105,8 +105,92 @@ def test_editing_the_state_by_hand_is_not_ignored():
     tx = aj.adamw(lambda t: 0.1 + 0 * jnp.float32(t))
     state = tx.init(P)
     edited = state._replace(hyperparams=state.hyperparams | {"learning_rate": 0.0})
-    updates, _ = tx.update(G, edited, P)
+    for _ in range(3):
+        updates, edited = tx.update(G, edited, P)
+        np.testing.assert_array_equal(updates["w"], 0.0)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_optimizer_built_anew_around_an_old_state(traced):
+    """As in Optax: what is given last decides, unless it was overridden."""
+    state = aj.adamw(1e-3, weight_decay=0.0).init(P)
+    overridden = aj.override_hyperparams(state, learning_rate=0.3)
+
+    def first(lr, state):
+        return aj.adamw(lr, weight_decay=0.0).update(G, state, P)[0]["b"]
+
+    first = jax.jit(first) if traced else first
+    np.testing.assert_allclose(first(0.1, state), [0.1], rtol=1e-5)
+    np.testing.assert_allclose(first(0.1, overridden), [0.3], rtol=1e-5)
+
+
+def test_override_copies():
+    """The caller's array survives a donated step, and may be given twice."""
+    tx = aj.adamw(1e-2)
+    value = jnp.float32(0.3)
+    state = aj.override_hyperparams(tx.init(P), b1=value, weight_decay=value)
+    jax.jit(tx.update, donate_argnums=1)(G, state, P)
+    assert float(value) == pytest.approx(0.3)
+
+
+def test_nnx_optimizer(lenient):
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, aj.adamw(0.1, weight_decay=0.0), wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.opt_state = aj.override_hyperparams(
+        optimizer.opt_state, learning_rate=0.5
+    )
+    before = model.kernel[...]
+    nnx.jit(lambda o, m, g: o.update(m, g))(optimizer, model, grads)
+    np.testing.assert_allclose(before - model.kernel[...], 0.5, rtol=1e-5)
+    assert values(optimizer.opt_state)["learning_rate"] == 0.5
+
+
+def test_a_schedule_is_called_with_an_int32():
+    seen = []
+
+    def schedule(step):
+        seen.append((step.dtype, step.shape))
+        return 1e-2 * step.astype(jnp.float32)
+
+    tx = aj.adamw(schedule)
+    tx.update(G, tx.init(P), P)
+    assert set(seen) == {(jnp.dtype("int32"), ())}
+
+
+def test_state_keeps_its_types_when_gradients_are_wider(x64):
+    tx = aj.adamw(aj.one_cycle(1e-2, steps=5))
+    p = jnp.ones(3, jnp.float32)
+    state = tx.init(p)
+    _, new = tx.update(jnp.ones(3, jnp.float64), state, p)
+    for old, changed in zip(*map(jax.tree.leaves, (state, new)), strict=True):
+        assert old.dtype == changed.dtype
+
+
+def test_apply_if_finite_with_bfloat16_parameters(lenient):
+    """It needs updates of the gradients' dtype: cast the gradients, as documented."""
+    tx = optax.apply_if_finite(aj.adamw(1e-2), 3)
+    p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), P)
+    state = tx.init(p)
+    for g in (G, jax.tree.map(lambda x: x * jnp.nan, G)):
+        updates, state = jax.jit(tx.update)(g, state, p)
     np.testing.assert_array_equal(updates["w"], 0.0)
+
+
+def test_map_params_of_optax(lenient):
+    """Used to give an optimizer state the sharding of the parameters."""
+    for tx in (
+        aj.adamw(1e-2, mask={"w": True, "b": False}, mu_dtype=jnp.bfloat16),
+        aj.adamw(1e-2, mask=aj.mask_by_path("w")),
+        aj.freeze(aj.adamw(1e-2), aj.mask_by_path("w")),
+        optax.chain(
+            aj.amsgrad(1e-2), aj.scale_by_group({"a": 1.0}, {"w": "a", "b": "a"})
+        ),
+    ):
+        state = tx.init(P)
+        marked = optax.tree.map_params(tx, lambda x: x + 1, state)
+        assert jax.tree.structure(marked) == jax.tree.structure(state)
 
 
 def test_override_inside_jit_and_vmap():
@@ -128,6 +212,11 @@ def test_state_of_a_population():
     np.testing.assert_allclose(
         aj.current_hyperparams(states)["learning_rate"], [0.7] * 3
     )
+    different = jnp.array([0.1, 0.2, 0.3])
+    states = aj.override_hyperparams(states, learning_rate=different)
+    updates, _ = jax.vmap(lambda s: tx.update(G, s, P))(states)
+    np.testing.assert_allclose(updates["b"][:, 0], 2 * different, rtol=1e-6)
+    states = aj.override_hyperparams(states, learning_rate=0.7)
     _, states = jax.vmap(lambda s: tx.update(G, s, P))(states)
     np.testing.assert_allclose(
         aj.current_hyperparams(states)["learning_rate"], [0.7] * 3
@@ -221,10 +310,32 @@ def test_bad_override(kwargs, message):
             ),
             "weight_decay=0.2 was given",
         ),
+        (lambda: aj.adamw(1e-3, b1=aj.one_cycle(1.0, steps=9)), "learning_rate=0.001"),
+        (lambda: aj.sgd(1e-3, aj.one_cycle(1.0, steps=9)), "learning_rate=0.001"),
+        (
+            lambda: aj.adamw(aj.one_cycle(1.0, steps=9), b1=jnp.float32(0.8)),
+            "b1=.*0.8.* was given",
+        ),
+        (
+            lambda: aj.amsgrad(aj.one_cycle(1.0, steps=9, weight_decay=0.1), l2=0.2),
+            "l2 or weight_decay=0.2 was given",
+        ),
+        (
+            lambda: aj.with_hyperparams(
+                lambda learning_rate, b1: optax.identity(),
+                learning_rate=aj.one_cycle(1.0, steps=9),
+                b1=aj.one_cycle(1.0, steps=10),
+            ),
+            "different phases",
+        ),
+        (lambda: aj.adamw(1e-3, b2=1 - 1e-9), r"b2 must be in \[0, 1\)"),
         (lambda: aj.adamw(-1e-3), "learning_rate must be finite and >= 0, got -0.001"),
         (lambda: aj.adamw(float("nan")), "learning_rate must be .* nan"),
         (lambda: aj.adamw(jnp.float32(-1)), "learning_rate must be .*-1"),
-        (lambda: aj.adamw(1e-3, b1=lambda t: 1.5 + 0 * t), r"b1 must be in \[0, 1\)"),
+        (
+            lambda: aj.adamw(1e-3, b1=lambda t: jnp.float32(1.5)),
+            r"b1 must be in \[0, 1\)",
+        ),
         (lambda: aj.adamw(1e-3, eps=-1.0), "eps must be"),
     ],
 )

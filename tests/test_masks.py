@@ -59,6 +59,20 @@ def test_no_decay_on_bias_and_norm_in_flax():
         ("lnet/kernel", True),
         ("bnet/kernel", True),
         ("betamax/kernel", True),
+        ("dense/lora_b", True),
+        ("mlp/w_b", True),
+        ("vq/embedding_b", True),
+        ("PreNorm_0/Attention_0/to_qkv/kernel", True),
+        ("ln_proj/kernel", True),
+        ("LayerNormMLP_0/kernel", True),
+        ("adaptive_layer_norm/Dense_0/kernel", True),
+        ("attn_ln/weight", False),
+        ("final_ln/weight", False),
+        ("ln1_post/weight", False),
+        ("post_attention_ln/w", False),
+        ("norms/0/weight", False),
+        ("bns/0/weight", False),
+        ("layer1.0.bn2.weight", False),
     ],
 )
 def test_names_of_other_libraries(path, decays):
@@ -288,6 +302,25 @@ def test_frozen_leaves_do_not_count_in_a_norm(lenient):
     tx = aj.freeze(optax.clip_by_global_norm(1.0), {"a": True, "b": False})
     updates, _ = tx.update({"a": jnp.full(1, 1e6), "b": jnp.ones(1)}, tx.init(p), p)
     np.testing.assert_allclose(updates["b"], 1.0)
+
+
+def test_a_frozen_leaf_without_a_gradient():
+    p = {"a": jnp.ones(1), "b": {"w": jnp.ones(1)}}
+    tx = aj.freeze(aj.adamw(1e-2), {"a": False, "b": True})
+    g = {"a": jnp.ones(1), "b": {"w": None}}
+    updates, _ = tx.update(g, tx.init(p), p)
+    assert updates["b"]["w"] is None
+    assert aj.apply_updates(p, updates)["b"]["w"] is p["b"]["w"]
+
+
+def test_extra_arguments_pass_a_freeze():
+    inner = optax.GradientTransformationExtraArgs(
+        lambda p: (),
+        lambda u, s, p=None, *, k, **_: (jax.tree.map(lambda x: k * x, u), s),
+    )
+    tx = aj.freeze(inner, {"a": True, "b": False})
+    p = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    np.testing.assert_array_equal(tx.update(p, tx.init(p), p, k=3.0)[0]["b"], 3.0)
 
 
 def test_hyperparameters_of_a_frozen_optimizer():

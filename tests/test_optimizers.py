@@ -197,7 +197,7 @@ def test_phases_drive_the_decay():
         ),
         (lambda: aj.sgd(1e-3, nesterov=True), "need a momentum"),
         (lambda: aj.sgd(1e-3, dampened=True), "need a momentum"),
-        (lambda: aj.sgd(1e-3, 1.0), r"decay must be in \[0, 1\)"),
+        (lambda: aj.sgd(1e-3, 1.0), r"momentum must be in \[0, 1\)"),
         (lambda: aj.adam(1e-3, l2=-1.0), "l2 must be"),
         (lambda: aj.adamw(1e-3, weight_decay=-1.0), "weight_decay must be"),
         (lambda: aj.adamw(1e-3, decay_scale="lr"), "decay_scale must be one of"),
@@ -215,6 +215,43 @@ def test_phases_drive_the_decay():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [aj.adam, aj.adamw, aj.amsgrad, aj.sgd])
+@pytest.mark.parametrize("decay", ["l2", "weight_decay"])
+def test_masks_and_options_reach_their_link(make, decay):
+    if decay not in inspect.signature(make).parameters:
+        pytest.skip(f"{make.__name__} has no {decay}")
+    p, zeros = (
+        {"a": jnp.ones(1), "b": jnp.ones(1)},
+        {"a": jnp.zeros(1), "b": jnp.zeros(1)},
+    )
+    tx = make(0.1, **{decay: 0.5}, mask={"a": True, "b": False})
+    updates, _ = tx.update(zeros, tx.init(p), p)
+    assert updates["a"][0] < -1e-3 and updates["b"][0] == 0.0
+
+
+def test_storage_options_reach_the_moments():
+    p = jnp.ones(3)
+    for make in (aj.adam, aj.adamw, aj.amsgrad):
+        state = make(1e-2, mu_dtype="bfloat16", nu_dtype="float16", seed=7).init(p)
+        moments = next(s for s in state.inner_state if hasattr(s, "mu"))
+        assert (moments.mu.dtype, moments.nu.dtype) == (jnp.bfloat16, jnp.float16)
+        np.testing.assert_array_equal(moments.key, jax.random.PRNGKey(7))
+        off = make(1e-2, mu_dtype="bfloat16", stochastic_rounding=False).init(p)
+        assert next(s for s in off.inner_state if hasattr(s, "mu")).key is None
+    state = aj.sgd(1e-2, 0.9, accumulator_dtype="bfloat16").init(p)
+    assert state.inner_state[0].trace.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("convention", ["torch", "paper", "optax"])
+def test_amsgrad_passes_its_convention_on(x64, convention):
+    options = {"convention": convention, "bias_correction_mu": False}
+    whole = path(aj.amsgrad(1e-2, **options))
+    parts = path(
+        optax.chain(aj.scale_by_amsgrad(**options), aj.scale_by_learning_rate(1e-2))
+    )
+    np.testing.assert_allclose(whole, parts, rtol=0, atol=1e-14)
 
 
 # ---- properties ---------------------------------------------------------------------
@@ -243,10 +280,41 @@ optimizers = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(trees.filter(lambda tree: tree is not None), optimizers)
-def test_any_tree(params, tx):
-    """Structure, shapes and dtypes survive an update; a zero gradient moves nothing."""
+def zeros_like(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(
+    trees.filter(lambda tree: tree is not None),
+    optimizers,
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_any_tree(params, tx, seed, wide):
+    """Structure, shapes, dtypes survive; each leaf moves as if it were alone."""
+    with jax.enable_x64(wide):
+        rng = np.random.default_rng(seed)
+        if wide:
+            params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+        params, grads = (
+            jax.tree.map(
+                lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params
+            )
+            for _ in range(2)
+        )
+        check_any_tree(params, grads, tx)
+
+
+def check_any_tree(params, grads, tx):
+    state = tx.init(params)
+    updates, _ = tx.update(grads, state, params)
+    for p, g, u in zip(*map(jax.tree.leaves, (params, grads, updates)), strict=True):
+        alone, _ = tx.update(g, tx.init(p), p)
+        np.testing.assert_allclose(
+            np.asarray(u, float), np.asarray(alone, float), rtol=1e-2, atol=1e-2
+        )
+    params = zeros_like(params)
     state = tx.init(params)
     updates, new = tx.update(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)

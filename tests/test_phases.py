@@ -138,6 +138,36 @@ def test_rounding_of_a_sum_adds_no_step():
         assert aj.one_cycle(1.0, steps=steps, pct=0.1).total_steps == steps
 
 
+def test_a_phase_shorter_than_a_step_has_one():
+    """As in fastai's loop, which looks for the end of a phase behind a step."""
+    ramps = [Phase(steps=s, b1=b) for s, b in ((0.3, 0.1), (0.3, 0.2), (4.0, 0.3))]
+    phases = Phases(ramps)
+    assert [phases.at(step)["b1"] for step in range(5)] == [0.1, 0.2, 0.3, 0.3, 0.3]
+    assert phases.total_steps == 5
+    assert aj.one_cycle(1.0, steps=1).total_steps == 1
+
+
+def test_each_phase_has_its_own_power():
+    ramps = [Phase(steps=4, b1=(0.8, 0.0, "polynomial", p)) for p in (1.0, 3.0)]
+    assert Phases(ramps).at(1)["b1"] == pytest.approx(0.8 * 0.75)
+    assert Phases(ramps).at(5)["b1"] == pytest.approx(0.8 * 0.75**3)
+
+
+def test_numpy_numbers_become_plain_data():
+    phases = Phases(
+        [Phase(steps=np.int64(5), b1=(np.float32(0.5), jnp.float32(0.25)))],
+        rule="torch",
+        begin=np.float64(-0.5),
+    )
+    assert Phases.from_json(phases.to_json()) == phases
+    assert eval(repr(phases)) == phases
+
+
+def test_traced_values_are_refused():
+    with pytest.raises(TypeError, match="phases are plain data"):
+        jax.jit(lambda lr: aj.one_cycle(lr, steps=5).at(0))(0.1)
+
+
 def test_torch_rule_gives_the_boundary_to_the_phase_before():
     phases = Phases([Phase(steps=2, b1=0.1), Phase(steps=1.5, b1=0.2)], rule="torch")
     assert [phases.at(step)["b1"] for step in range(4)] == [0.1, 0.1, 0.1, 0.2]
@@ -243,6 +273,7 @@ def test_plot(tmp_path):
             lambda: Phases([Phase(steps=1, b1=0.9), Phase(steps=1, b2=0.9)]),
             r"phases\[0\] sets \('b1',\), phases\[1\] \('b2',\)",
         ),
+        (lambda: Phases([Phase(steps=2**31, b1=0.9)]), "more than int32 holds"),
         (lambda: Phases.from_json("[1]"), "not the JSON of phases"),
         (lambda: aj.one_cycle(1e-3), "give steps or epochs"),
         (lambda: aj.one_cycle(1e-3, epochs=1), "epochs with steps_per_epoch=None"),

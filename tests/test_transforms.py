@@ -94,6 +94,53 @@ def test_amsgrad_against_numpy(x64, convention, maximum, correction, betas):
     )
 
 
+@pytest.mark.parametrize("epsilon_hat", [False, True])
+def test_amsgrad_eps_root(x64, epsilon_hat):
+    tx = aj.scale_by_amsgrad(0.9, 0.99, 1e-3, 1e-2, epsilon_hat=epsilon_hat)
+    expected = adam_loop(
+        P0,
+        GRADS,
+        constant(1e-2),
+        b2=constant(0.99),
+        eps=1e-3,
+        eps_root=1e-2,
+        maximum="raw",
+        epsilon_hat=epsilon_hat,
+    )
+    np.testing.assert_allclose(
+        run(tx, learning_rate=1e-2), expected, rtol=0, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("mu", [False, True])
+@pytest.mark.parametrize("nu", [False, True])
+def test_amsgrad_flags_of_optax(x64, lenient, mu, nu):
+    flags = {"bias_correction_mu": mu, "bias_correction_nu": nu}
+    ours = run(aj.scale_by_amsgrad(convention="optax", **flags), learning_rate=1e-2)
+    theirs = run(optax.scale_by_amsgrad(**flags), learning_rate=1e-2)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_amsgrad_without_correction(x64):
+    none = run(aj.scale_by_amsgrad(bias_correction="none"), learning_rate=1e-2)
+    paper = run(aj.scale_by_amsgrad(convention="paper"), learning_rate=1e-2)
+    np.testing.assert_array_equal(none, paper)
+
+
+def test_scheduled_decay_is_read_at_the_step_of_its_update(x64):
+    for make in (aj.add_decayed_weights, aj.add_l2_gradient):
+        tx, p = make(lambda t: 0.1 * jnp.float64(t)), jnp.ones(1)
+        state = tx.init(p)
+        for k in range(3):
+            updates, state = tx.update(jnp.zeros(1), state, p)
+            np.testing.assert_allclose(updates, 0.1 * k)
+
+
+def test_the_sign_can_be_kept():
+    tx = aj.scale_by_learning_rate(0.5, flip_sign=False)
+    np.testing.assert_array_equal(tx.update(jnp.ones(1), tx.init(None))[0], 0.5)
+
+
 def test_amsgrad_conventions_differ():
     ends = [
         run(aj.scale_by_amsgrad(convention=c), learning_rate=1e-2, dtype=jnp.float32)[
@@ -239,8 +286,7 @@ def test_torch_correction_is_wrong_under_a_cycle():
     assert sizes["torch"][-1] == pytest.approx(0.771, abs=1e-3)
 
 
-@pytest.mark.parametrize("first", [1, 3])
-def test_amsgrad_counterexample_p1(first):
+def test_amsgrad_counterexample_p1():
     """Reddi et al., theorem: f_t(x) = C x every third step, else -x; optimum -1."""
     big = jnp.arange(1, 2001) % 3 == 1
     assert _drift(4.0, -1.0, big, 0.0, 1 / 17, aj.scale_by_adam) > 0.9
@@ -370,6 +416,87 @@ def test_stochastic_rounding_depends_on_seed_and_resumes():
     resumed = states(99, 6, states(0, 4))  # the key lives in the state
     np.testing.assert_array_equal(whole.mu, resumed.mu)
     assert (np.asarray(whole.mu) != np.asarray(states(1, 10).mu)).any()
+
+
+@pytest.mark.parametrize("make", [aj.scale_by_adam, aj.scale_by_amsgrad])
+def test_random_bits_are_never_used_twice(make):
+    """Not for another leaf, nor for the other moment, nor at another step."""
+    half_way, g = 0.5 + 2.0**-9, 1.0 + 2.0**-8  # of mu, and of nu, between bfloat16s
+    narrow = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
+    tx = make(0.5, 1 - half_way / g**2, **narrow)
+    grads = {"a": jnp.full(400, g), "b": jnp.full(400, g)}
+    start, seen = tx.init(grads), []
+    for count in range(2):
+        _, state = tx.update(grads, start._replace(count=jnp.int32(count)))
+        for moment in (state.mu["a"], state.nu["a"], state.mu["b"], state.nu["b"]):
+            seen.append(np.asarray(moment, np.float32) > half_way)
+    for i, one in enumerate(seen):
+        assert 0.4 < one.mean() < 0.6
+        for other in seen[:i]:
+            assert 0.4 < (one == other).mean() < 0.6
+
+
+def test_random_bits_of_updates_differ_between_leaves_and_steps():
+    tx = aj.round_updates_stochastically()
+    p = {k: jnp.ones(500, jnp.bfloat16) for k in "ab"}
+    u = {k: jnp.full(500, -1.95e-3) for k in "ab"}  # half of a spacing
+    first, state = tx.update(u, tx.init(p), p)
+    second, _ = tx.update(u, state, p)
+    for one, other in ((first["a"], first["b"]), (first["a"], second["a"])):
+        assert 0.3 < float((one == other).mean()) < 0.7
+
+
+def test_bits_of_another_dtype():
+    with pytest.raises(TypeError, match="uint16"):
+        aj.stochastic_round(jnp.ones(1), jnp.bfloat16, jnp.zeros(1, jnp.uint32))
+
+
+def test_sum_of_updates_is_taken_in_float32():
+    """In bfloat16 the update itself would already be rounded: 1.0039 -> 1.0."""
+    p = jnp.array([1.0], jnp.bfloat16)
+    u = jnp.array([2.0**-8 + 2.0**-12])
+    assert float(aj.apply_updates(p, u)[0]) == 1 + 2.0**-7
+
+
+def test_apply_updates_leaves_other_dtypes_exact():
+    p = {"i": jnp.array([2**24 + 1]), "c": jnp.array([1 + 2j])}
+    q = aj.apply_updates(p, {"i": jnp.array([0]), "c": jnp.array([-0.0 + 0j])})
+    assert q["i"][0] == 2**24 + 1 and q["c"][0] == 1 + 2j
+
+
+def test_numpy_float64_leaves_without_x64():
+    tx = aj.adamw(1e-2)
+    p = {"w": np.ones(3)}
+    updates, _ = tx.update(p, tx.init(p), p)
+    assert updates["w"].dtype == jnp.float32
+
+
+def test_python_numbers_as_leaves():
+    tx = aj.adamw(1e-2, weight_decay=0.0)
+    updates, _ = tx.update({"w": 2.0}, tx.init({"w": 1.0}), {"w": 1.0})
+    np.testing.assert_allclose(updates["w"], -1e-2, rtol=1e-6)
+
+
+def test_a_beta_that_changes_its_kind():
+    state = aj.scale_by_adam(0.9).init(jnp.ones(1))
+    with pytest.raises(ValueError, match="b1 must be a number both at init and at"):
+        aj.scale_by_adam(jnp.float32(0.9)).update(jnp.ones(1), state)
+
+
+def test_gradient_through_an_update():
+    """Meta-learning: the derivative by b1, also at b1 = 0, and through the root."""
+
+    def second(b1):
+        tx = aj.scale_by_adam(b1, eps_root=1e-8)
+        state = tx.init(jnp.ones(1))
+        for g in (1.0, 3.0):
+            u, state = tx.update(jnp.array([g]), state)
+        return u[0]
+
+    for b1 in (0.0, 0.5):
+        slope = (second(jnp.float32(b1 + 1e-2)) - second(jnp.float32(b1))) / 1e-2
+        grad = float(jax.grad(second)(jnp.float32(b1)))
+        assert grad == pytest.approx(float(slope), rel=0.05)
 
 
 def test_stochastic_rounding_of_special_values():
