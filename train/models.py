@@ -1,0 +1,135 @@
+"""The two networks of `train.compare`, in Flax NNX, and the convolution they need."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+# ---------------------------------------------------------------------------
+# a convolution whose gradients stay fast inside a scan
+# ---------------------------------------------------------------------------
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def conv(x, kernel, strides, padding, **unused):
+    """`lax.conv_general_dilated` for NHWC images, with hand-written gradients.
+
+    XLA's CPU backend has a fast path for NHWC/HWIO convolutions only, and brings others
+    into that form only outside of loops. JAX's own kernel gradient is in another form,
+    so that inside `lax.scan` it becomes a naive loop: 10 to 76 times slower
+    (https://github.com/jax-ml/jax/issues/12868). Here both gradients are NHWC/HWIO.
+
+    Takes the arguments with which `nnx.Conv(conv_general_dilated=conv)` calls it, but
+    knows neither dilation nor groups.
+    """
+    if unused.pop("feature_group_count", 1) != 1:
+        raise ValueError("feature_group_count must be 1: grouped is not implemented")
+    for name in ("lhs_dilation", "rhs_dilation"):
+        if any(d != 1 for d in unused.pop(name, None) or ()):
+            raise ValueError(f"{name} must be 1: dilation is not implemented")
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(
+            x.shape[1:3], kernel.shape[:2], strides, padding.upper()
+        )
+    return _conv(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x, kernel, strides, padding):
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=DIMENSIONS
+    )
+
+
+def _conv_forward(x, kernel, strides, padding):
+    return _conv(x, kernel, strides, padding), (x, kernel)
+
+
+def _conv_backward(strides, padding, saved, g):
+    x, kernel = saved
+    # per axis: (image size, kernel size, stride, padding before, output size)
+    axes = [
+        (x.shape[1 + a], kernel.shape[a], strides[a], padding[a][0], g.shape[1 + a])
+        for a in (0, 1)
+    ]
+    # dx: the output's gradient, spread by the stride, with the kernel turned round
+    dx = lax.conv_general_dilated(
+        g,
+        kernel[::-1, ::-1].transpose(0, 1, 3, 2),
+        window_strides=(1, 1),
+        padding=[(k - 1 - lo, n + lo - 1 - (m - 1) * s) for n, k, s, lo, m in axes],
+        lhs_dilation=strides,
+        dimension_numbers=DIMENSIONS,
+    )
+    # dkernel: images convolved with the output's gradient; channels are its batch, the
+    # batch its channels
+    dkernel = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        g.transpose(1, 2, 0, 3),
+        window_strides=(1, 1),
+        padding=[(lo, (m - 1) * s + k - n - lo) for n, k, s, lo, m in axes],
+        rhs_dilation=strides,
+        dimension_numbers=DIMENSIONS,
+    )
+    return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+# ---------------------------------------------------------------------------
+# the networks
+# ---------------------------------------------------------------------------
+
+
+class MLP(nnx.Module):
+    """pixels -> hidden -> classes."""
+
+    def __init__(self, width: int, pixels=64, classes=10, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(pixels, width, rngs=rngs)
+        self.head = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.hidden(x)))
+
+
+def max_pool(x):
+    """2 x 2 maximum, by reshape: the gradient of `nnx.max_pool` is slow on a CPU."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+class CNN(nnx.Module):
+    """Three blocks of conv, pool, batch norm and ReLU, then the mean over the image.
+
+    The first convolution has stride 2 and no pool: most of a CPU's time would go into
+    activations of the full size.
+    """
+
+    def __init__(self, width: int, classes=10, *, rngs: nnx.Rngs):
+        widths = (3, width, 2 * width, 4 * width)
+        self.convs = nnx.List(
+            nnx.Conv(
+                *(inputs, outputs, (3, 3)),
+                strides=2 if inputs == 3 else 1,
+                use_bias=False,
+                conv_general_dilated=conv,
+                rngs=rngs,
+            )
+            for inputs, outputs in itertools.pairwise(widths)
+        )
+        self.norms = nnx.List(
+            nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs) for outputs in widths[1:]
+        )
+        self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
+
+    def __call__(self, x):
+        for i, (conv3, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = conv3(x)
+            x = max_pool(x) if i else x
+            x = nnx.relu(norm(x))
+        return self.head(jnp.mean(x, axis=(1, 2)))

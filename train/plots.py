@@ -1,0 +1,120 @@
+"""The two pictures of `train.compare`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+
+from train.analysis import best_decays, confidence
+from train.report import NAMES
+
+COLOURS = {
+    "sgd": "#7f7f7f",
+    "adam-l2": "#d1495b",
+    "adamw": "#00798c",
+    "amsgrad-l2": "#edae49",
+    "amsgradw": "#6a4c93",
+}
+
+
+def heatmap(tuning: dict[str, Any], path: Path) -> None:
+    """Loshchilov and Hutter's picture: accuracy over learning rate and decay."""
+    grids = {
+        name: {key: np.array(value) for key, value in tuning[name]["grid"].items()}
+        for name in ("adam-l2", "adamw")
+    }
+    top = max(grid["accuracies"].mean(-1).max() for grid in grids.values())
+    colours = Normalize(np.floor(top) - 10, top)  # what is below has simply failed
+
+    figure = Figure(figsize=(12, 6), layout="constrained", dpi=120)
+    runs = grids["adamw"]["accuracies"].shape[-1]
+    for ax, (name, grid) in zip(figure.subplots(1, 2), grids.items(), strict=True):
+        lrs, decays, accuracy = grid.values()
+        mean, best = accuracy.mean(-1), tuning[name]
+        ax.imshow(mean.T, origin="lower", norm=colours, aspect="auto")
+        ax.set_xticks(range(len(lrs)), [f"{lr:.2g}" for lr in lrs])
+        ax.set_yticks(range(len(decays)), [f"{decay:.2g}" for decay in decays])
+        ax.set_xlabel("peak learning rate")
+        ax.set_ylabel(
+            "L2 coefficient" if name == "adam-l2" else "decoupled weight decay"
+        )
+        ax.set_title(
+            f"{NAMES[name][2]}: best {best['accuracy']:.1f} %, {best['basin']} of "
+            f"{best['cells']} cells\nwithin half a point of it",
+            fontsize=12,
+        )
+
+        # the best decay of each learning rate, and the best cell
+        x, y = best_decays(lrs, decays, accuracy)
+        x = np.searchsorted(lrs, x)
+        y = np.interp(np.log(y), np.log(decays), np.arange(len(decays)))
+        outline = [withStroke(linewidth=4, foreground="black")]
+        ax.plot(x, y, "o-", color="white", lw=2, ms=5, path_effects=outline)
+        i, j = np.unravel_index(mean.argmax(), mean.shape)
+        ax.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, ec="red", lw=2.5))
+
+        for (i, j), value in np.ndenumerate(mean):
+            text, edge = ("white", "black")[:: 1 if colours(value) < 0.6 else -1]
+            outline = [withStroke(linewidth=1.5, foreground=edge, alpha=0.4)]
+            label = ax.text(i, j + 0.22, f"{value:.1f}", color=text, ha="center")
+            label.set(fontsize=9, va="center", path_effects=outline)
+    scale = ScalarMappable(colours)  # viridis, for the images as well
+    bar = figure.colorbar(scale, ax=figure.axes, extend="min", pad=0.01)
+    bar.set_label("validation accuracy, %")
+    figure.supxlabel(
+        f"Mean of {runs} run(s) per cell. Red: the best cell. White: the "
+        "best decay of every learning rate that comes within a point of it.",
+        fontsize=10,
+    )
+    figure.savefig(path)
+
+
+def curves(test: dict[str, Any], cycle: Any, target: float, path: Path) -> None:
+    """Mean test accuracy with a band of one standard deviation; the phases beneath."""
+    figure = Figure(figsize=(12, 6), layout="constrained", dpi=120)
+    axes = figure.subplot_mosaic(
+        [["curve", "end"], ["phase", "end"]], width_ratios=(5, 3), height_ratios=(3, 1)
+    )
+    curve, phase, end = axes["curve"], axes["phase"], axes["end"]
+    for row, (name, result) in enumerate(test.items()):
+        epochs, values = np.array(result["epochs"]), np.array(result["accuracy"])
+        mean, std, colour = values.mean(0), values.std(0, ddof=1), COLOURS[name]
+        curve.plot(epochs, mean, "o-", color=colour, ms=4, lw=2, label=NAMES[name][2])
+        curve.fill_between(
+            epochs, mean - std, mean + std, color=colour, alpha=0.1, lw=0
+        )
+
+        # where each seed ended, their mean and how sure that is
+        last = values[:, -1]
+        spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(last))
+        end.plot(last, row + spread, ".", color=colour, alpha=0.35, ms=6)
+        sure = confidence(last)
+        end.plot([sure["low"], sure["high"]], [row, row], color="black", lw=2)
+        end.plot(sure["mean"], row, "D", color=colour, mec="black", ms=8)
+    curve.axhline(target, color="black", lw=0.8, ls=":", label=f"target, {target:g} %")
+    curve.set_ylabel("test accuracy, %")
+    curve.set_title("mean of the seeds, band: one standard deviation")
+    curve.legend(frameon=False, ncols=2)
+    curve.tick_params(labelbottom=False)
+    end.set_yticks(range(len(test)), [NAMES[name][2] for name in test])
+    end.invert_yaxis()
+    end.set_xlabel("test accuracy at the end, %")
+    end.set_title("every seed; mean and its 95 % interval")
+
+    steps = np.arange(cycle.total_steps)
+    x = steps * epochs[-1] / cycle.total_steps
+    phase.plot(x, cycle.schedule("learning_rate")(steps), color="black")
+    phase.set_ylabel("learning rate\n/ peak")
+    phase.set_xlabel("epoch")
+    phase.sharex(curve)
+    momentum = phase.twinx()
+    momentum.plot(x, cycle.schedule("b1")(steps), color="gray", ls="--")
+    momentum.set_ylabel("b1 (dashed)", color="gray")
+    for ax in (curve, phase, momentum, end):
+        ax.spines["top"].set_visible(False)
+    figure.savefig(path)
