@@ -38,6 +38,9 @@ def with_hyperparams(
     holds. Otherwise the number or schedule given here decides, also when the
     transformation was built anew around an old state, with another learning rate.
 
+    A beta that is kept in the state is a float32 number, to which moments and bias
+    correction both keep: the first update is exact, and .999 acts as .99900001.
+
     Unlike `optax.inject_hyperparams`: values are float32 whatever the parameters'
     dtype (a b2 of .999 is 1 in bfloat16); only what is named here is a
     hyperparameter, so a callable mask in the factory is never taken for a schedule;
