@@ -160,6 +160,18 @@ def test_nu_never_decays_with_bfloat16_parameters():
     assert float(jax.lax.fori_loop(0, 2000, step, state).nu[0]) == first
 
 
+def test_small_updates_of_bfloat16_parameters():
+    """300 updates of 1e-3, from 1; ours is in test_transforms.py."""
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    opt = torch.optim.SGD([p], lr=1e-3)
+    q, update = jnp.ones(1, jnp.bfloat16), jnp.full(1, -1e-3)
+    for _ in range(300):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        q = optax.apply_updates(q, update)
+    assert p.item() == 1.0 and float(q[0]) == 1.0
+
+
 def test_maximizing_makes_the_decay_grow():
     """flip_sign=False turns the decay round as well."""
     p = jnp.ones(1)

@@ -9,6 +9,17 @@ import optax
 README = Path(__file__).parents[1] / "README.md"
 
 
+def test_tables_are_those_of_the_results():
+    """No number in the README was typed by hand."""
+    text = README.read_text("utf-8")
+    for name in ("compare-digits", "compare-cifar10"):
+        results = (README.parent / "results" / name / "results.md").read_text("utf-8")
+        table = re.findall(r"^\|.*\n", results, re.MULTILINE)
+        assert len(table) == 7 and "".join(table) in text
+        finding = re.findall(r"\*\*(.*)\*\*", results)[-1]
+        assert finding in " ".join(text.split())
+
+
 def test_code_blocks(lenient):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
     assert len(blocks) >= 2

@@ -35,10 +35,10 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    devices = jax.devices()
+    devices, script = jax.devices(), Path(sys.argv[0]).stem
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": f"python -m train.{script} {shlex.join(sys.argv[1:])}",
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
