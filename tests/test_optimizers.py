@@ -217,11 +217,18 @@ def test_bad_input(make, message):
         make()
 
 
-@pytest.mark.parametrize("make", [aj.adam, aj.adamw, aj.amsgrad, aj.sgd])
-@pytest.mark.parametrize("decay", ["l2", "weight_decay"])
+@pytest.mark.parametrize(
+    ("make", "decay"),
+    [
+        (aj.adam, "l2"),
+        (aj.adamw, "weight_decay"),
+        (aj.amsgrad, "l2"),
+        (aj.amsgrad, "weight_decay"),
+        (aj.sgd, "l2"),
+        (aj.sgd, "weight_decay"),
+    ],
+)
 def test_masks_and_options_reach_their_link(make, decay):
-    if decay not in inspect.signature(make).parameters:
-        pytest.skip(f"{make.__name__} has no {decay}")
     p, zeros = (
         {"a": jnp.ones(1), "b": jnp.ones(1)},
         {"a": jnp.zeros(1), "b": jnp.zeros(1)},
