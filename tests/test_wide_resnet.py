@@ -1,0 +1,203 @@
+"""The Flax network equals a PyTorch one of the same construction, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+import adamw_jax as aj
+from train.wide_resnet import WideResNet
+
+pytestmark = pytest.mark.usefixtures("lenient", "x64")
+
+BLOCKS, WIDTH, STEPS = 2, 4, 20
+
+
+class TorchBlock(torch.nn.Module):
+    def __init__(self, n_in, n_out, stride):
+        super().__init__()
+        self.norm1 = torch.nn.BatchNorm2d(n_in)
+        self.conv1 = torch.nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.norm2 = torch.nn.BatchNorm2d(n_out)
+        self.conv2 = torch.nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if n_in != n_out:
+            self.shortcut = torch.nn.Conv2d(n_in, n_out, 1, stride, bias=False)
+
+    def forward(self, x):
+        x = self.norm1(x).relu()
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return 0.2 * self.conv2(self.norm2(self.conv1(x)).relu()) + shortcut
+
+
+class TorchWideResNet(torch.nn.Module):
+    def __init__(self, blocks, width, classes=10):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        layers, n_in = [], 16
+        for stage in range(3):
+            for i in range(blocks):
+                n_out = width * 2**stage
+                stride = 2 if stage and i == 0 else 1
+                layers.append(TorchBlock(n_in, n_out, stride))
+                n_in = n_out
+        self.blocks = torch.nn.Sequential(*layers)
+        self.norm = torch.nn.BatchNorm2d(n_in)
+        self.head = torch.nn.Linear(n_in, classes)
+
+    def forward(self, x):
+        x = self.norm(self.blocks(self.stem(x))).relu()
+        return self.head(x.mean((2, 3)))
+
+
+NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+NAMES |= {"mean": "running_mean", "var": "running_var"}
+
+
+def to_torch(state):
+    """Flax leaves under the names and in the layouts of the PyTorch network."""
+    leaves = {}
+    for path, leaf in nnx.to_flat_state(state):
+        value = np.asarray(leaf[...])
+        if path[-1] == "kernel":
+            value = value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
+        name = ".".join(map(str, (*path[:-1], NAMES[path[-1]])))
+        leaves[name] = torch.tensor(value)
+    return leaves
+
+
+@pytest.fixture
+def nets():
+    ours = WideResNet(BLOCKS, WIDTH, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(ours)
+    ours = nnx.merge(graph, jax.tree.map(lambda x: x.astype(float), state))
+    theirs = TorchWideResNet(BLOCKS, WIDTH).double()
+    missing, extra = theirs.load_state_dict(
+        to_torch(nnx.state(ours, (nnx.Param, nnx.BatchStat))), strict=False
+    )
+    assert not extra and all(name.endswith("num_batches_tracked") for name in missing)
+    return ours, theirs
+
+
+rng = np.random.default_rng(0)
+IMAGES = rng.normal(size=(STEPS, 8, 16, 16, 3))
+LABELS = rng.integers(0, 10, (STEPS, 8))
+
+
+def nchw(x):
+    return torch.tensor(x.transpose(0, 3, 1, 2))
+
+
+def close(ours, theirs, tolerance=1e-9):
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_parameters_of_wrn22():
+    net = nnx.eval_shape(lambda: WideResNet(rngs=nnx.Rngs(0)))
+    params = jax.tree.leaves(nnx.state(net, nnx.Param))
+    assert sum(p.size for p in params) == 9_658_458
+
+
+def test_initial_values():
+    """U(0, 1) for the scale of each block's first norm and of the last, else 1."""
+    net = WideResNet(2, 32, rngs=nnx.Rngs(0))
+    for i, block in enumerate(net.blocks):
+        scale = np.asarray(block.norm1.scale[...])
+        assert 0 <= scale.min() < 0.2 and 0.8 < scale.max() <= 1
+        assert (block.norm2.scale[...] == 1).all()
+        assert (block.norm1.bias[...] == 0).all()
+        fan_in = 9 * (32 * 2 ** ((i - 1) // 2) if i else 16)
+        bound = 1 / np.sqrt(fan_in)
+        weights = np.abs(block.conv1.kernel[...])
+        assert 0.98 * bound < weights.max() <= bound
+    assert net.norm.scale[...].std() > 0.2
+    assert np.abs(net.head.bias[...]).max() <= 1 / np.sqrt(128)
+
+
+def test_eval_mode(nets):
+    ours, theirs = nets
+    for block in theirs.blocks:  # running statistics that are not 0 and 1
+        torch.nn.init.uniform_(block.norm1.running_mean)
+        torch.nn.init.uniform_(block.norm1.running_var, 0.5, 2)
+    for block, other in zip(ours.blocks, theirs.blocks, strict=True):
+        block.norm1.mean[...] = jnp.asarray(other.norm1.running_mean.numpy())
+        block.norm1.var[...] = jnp.asarray(other.norm1.running_var.numpy())
+    ours.eval(), theirs.eval()
+    close(ours(IMAGES[0]), theirs(nchw(IMAGES[0])).detach())
+
+
+def test_train_mode_and_gradients(nets):
+    ours, theirs = nets
+    graph, params, stats = nnx.split(ours, nnx.Param, nnx.BatchStat)
+
+    @jax.jit
+    def loss_of(params):
+        net = nnx.merge(graph, params, stats, copy=True)
+        logits = net(IMAGES[0])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS[0])
+        return loss.mean(), (logits, nnx.state(net, nnx.BatchStat))
+
+    grads, (logits, stats) = jax.grad(loss_of, has_aux=True)(params)
+    their_logits = theirs(nchw(IMAGES[0]))
+    torch.nn.functional.cross_entropy(their_logits, torch.tensor(LABELS[0])).backward()
+    close(logits, their_logits.detach())
+    expected = dict(theirs.named_parameters())
+    for name, grad in to_torch(grads).items():
+        close(grad, expected[name].grad)
+    # PyTorch keeps the unbiased variance: n / (n - 1) of Flax's, n = images x pixels.
+    buffers = dict(theirs.named_buffers())
+    # The image's side at each norm; the second of a block is behind its stride.
+    sides = {"blocks.0": (16, 16), "blocks.1": (16, 16), "blocks.2": (16, 8)}
+    sides |= {"blocks.3": (8, 8), "blocks.4": (8, 4), "blocks.5": (4, 4)}
+    for name, value in to_torch(stats).items():
+        theirs_now = buffers[name]
+        if name.endswith("running_var"):
+            block, _, norm = name.removesuffix(".running_var").rpartition(".")
+            side = sides[block][norm == "norm2"] if block else 4
+            n = 8 * side**2
+            theirs_now = 0.9 + (theirs_now - 0.9) * (n - 1) / n
+        close(value, theirs_now)
+
+
+def test_twenty_steps_of_adamw_and_one_cycle(nets):
+    ours, theirs = nets
+    graph, params, stats = nnx.split(ours, nnx.Param, nnx.BatchStat)
+    phases = aj.one_cycle_torch(3e-3, STEPS)
+    tx = aj.adamw(phases, b2=0.99, weight_decay=0.1, bias_correction="torch")
+
+    @jax.jit
+    def train(params, stats):
+        def step(carry, batch):
+            params, stats, opt = carry
+
+            def loss_of(params):
+                net = nnx.merge(graph, params, stats, copy=True)
+                loss = optax.softmax_cross_entropy_with_integer_labels(
+                    net(batch[0]), batch[1]
+                )
+                return loss.mean(), nnx.state(net, nnx.BatchStat)
+
+            grads, stats = jax.grad(loss_of, has_aux=True)(params)
+            updates, opt = tx.update(grads, opt, params)
+            return (optax.apply_updates(params, updates), stats, opt), None
+
+        carry = params, stats, tx.init(params)
+        return jax.lax.scan(step, carry, (IMAGES, LABELS))[0][0]
+
+    opt = torch.optim.AdamW(
+        theirs.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0.1
+    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=STEPS)
+    for i in range(STEPS):
+        opt.zero_grad()
+        logits = theirs(nchw(IMAGES[i]))
+        torch.nn.functional.cross_entropy(logits, torch.tensor(LABELS[i])).backward()
+        opt.step()
+        if i < STEPS - 1:
+            scheduler.step()
+    expected = dict(theirs.named_parameters())
+    for name, value in to_torch(train(params, stats)).items():
+        close(value, expected[name].detach())
