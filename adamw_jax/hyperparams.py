@@ -18,9 +18,7 @@ class HyperparamsState(NamedTuple):
 
     step: jax.Array  # int32 []: updates done; the one counter of all schedules
     hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
-    left: (
-        jax.Array
-    )  # float [n], by sorted name: the values as the last update left them
+    left: jax.Array  # [n], by sorted name: the values as the last update left them
     held: jax.Array  # bool [n]: overridden, what drives the value is ignored
     inner_state: optax.OptState
 
@@ -81,10 +79,11 @@ def with_hyperparams(
 
     def driven(step, dtype):
         """What the drivers say at a step; copies, so that the state can be donated."""
-        return {
-            name: jnp.array(driver(step) if callable(driver) else driver, dtype)
-            for name, driver in sorted(drivers.items())
-        }
+
+        def value(driver):
+            return jnp.array(driver(step) if callable(driver) else driver, dtype)
+
+        return {name: value(drivers[name]) for name in names}
 
     def left(values):
         return jnp.stack([values[name] for name in names])
@@ -108,6 +107,7 @@ def with_hyperparams(
                 for i, name in enumerate(names)
             }
 
+        # Read again, since the optimizer may have been built anew around the state.
         inner = optax.with_extra_args_support(factory(**in_force(state.step)))
         updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args

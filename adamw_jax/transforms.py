@@ -73,15 +73,8 @@ def _init_log_product(beta: ScalarOrSchedule, params: Any) -> LogProduct | None:
     return LogProduct(jnp.zeros([], dtype), jnp.zeros([], dtype))
 
 
-def _check_same_kind(name: str, beta: Any, state: LogProduct | None) -> None:
-    if is_static(beta) != (state is None):
-        raise ValueError(
-            f"{name} must be a number both at init and at update, or a schedule or "
-            f"traced value at both: got {beta!r} at update"
-        )
-
-
 def _beta_at(
+    name: str,
     beta: ScalarOrSchedule,
     mode: BiasCorrection,
     step: jax.Array,
@@ -89,6 +82,11 @@ def _beta_at(
     dtype: Any,
 ) -> Beta:
     """The beta of a step (counted from 0) and its bias correction."""
+    if is_static(beta) != (state is None):
+        raise ValueError(
+            f"{name} must be a number both at init and at update, or a schedule or "
+            f"traced value at both: got {beta!r} at update"
+        )
     if state is not None:
         dtype = state.total.dtype  # as it was made, so that the state keeps its types
     t = (step + 1).astype(dtype)
@@ -245,11 +243,9 @@ def scale_by_adam(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        _check_same_kind("b1", b1, state.log_b1)
-        _check_same_kind("b2", b2, state.log_b2)
         dtype = scalar_dtype((updates, state.mu))
-        beta1 = _beta_at(b1, bias_correction, state.count, state.log_b1, dtype)
-        beta2 = _beta_at(b2, bias_correction, state.count, state.log_b2, dtype)
+        beta1 = _beta_at("b1", b1, bias_correction, state.count, state.log_b1, dtype)
+        beta2 = _beta_at("b2", b2, bias_correction, state.count, state.log_b2, dtype)
         key = None if state.key is None else jax.random.fold_in(state.key, state.count)
 
         def leaf(i, g, mu, nu):
@@ -387,11 +383,9 @@ def scale_by_amsgrad(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        _check_same_kind("b1", b1, state.log_b1)
-        _check_same_kind("b2", b2, state.log_b2)
         dtype = scalar_dtype((updates, state.mu))
-        beta1 = _beta_at(b1, mode_mu, state.count, state.log_b1, dtype)
-        beta2 = _beta_at(b2, mode_nu, state.count, state.log_b2, dtype)
+        beta1 = _beta_at("b1", b1, mode_mu, state.count, state.log_b1, dtype)
+        beta2 = _beta_at("b2", b2, mode_nu, state.count, state.log_b2, dtype)
         key = None if state.key is None else jax.random.fold_in(state.key, state.count)
 
         def leaf(i, g, mu, nu, nu_max):

@@ -1,6 +1,24 @@
-"""The update rules in float64 NumPy, written from the papers, one loop each."""
+"""The update rules in float64 NumPy, written from the papers, one loop each.
 
+And the loop in JAX that is held against them, and against PyTorch.
+"""
+
+import jax
 import numpy as np
+
+import adamw_jax as aj
+
+
+def trajectory(tx, p, grads):
+    """The parameters after every step of a transformation, for given gradients."""
+
+    def step(carry, g):
+        p, state = carry
+        updates, state = tx.update(g, state, p)
+        p = aj.apply_updates(p, updates)
+        return (p, state), p
+
+    return jax.lax.scan(step, (p, tx.init(p)), grads)[1]
 
 
 def constant(value):

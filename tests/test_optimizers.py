@@ -1,5 +1,6 @@
 """The optimizers: chains, conventions of decay, Optax's signatures and numbers."""
 
+import functools
 import inspect
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import adam_loop, constant, sgd_loop
+from reference import adam_loop, constant, sgd_loop, trajectory
 
 import adamw_jax as aj
 
@@ -18,17 +19,9 @@ P0 = 0.25 * rng.normal(size=12)
 GRADS = rng.normal(size=(40, 12))
 
 
-def path(tx, grads=GRADS):
-    @jax.jit
-    def loop(p, grads):
-        def step(carry, g):
-            updates, state = tx.update(g, carry[1], carry[0])
-            p = aj.apply_updates(carry[0], updates)
-            return (p, state), p
-
-        return jax.lax.scan(step, (p, tx.init(p)), grads)[1]
-
-    return np.asarray(loop(jnp.asarray(P0, float), jnp.asarray(grads, float)))
+def path(tx):
+    loop = jax.jit(functools.partial(trajectory, tx))
+    return np.asarray(loop(jnp.asarray(P0, float), jnp.asarray(GRADS, float)))
 
 
 SAME_AS_OPTAX = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from reference import trajectory
 
 import adamw_jax as aj
 
@@ -84,13 +85,7 @@ def jax_run(name, decay, schedule, maximize, dtype):
                 optimizer = aj.adamw
             tx = optimizer(learning_rate, **kwargs)
 
-        def step(carry, g):
-            p, state = carry
-            updates, state = tx.update(g, state, p)
-            p = aj.apply_updates(p, updates)
-            return (p, state), p
-
-        return jax.lax.scan(step, (p, tx.init(p)), grads)[1]
+        return trajectory(tx, p, grads)
 
     run = jax.jit(run)
     p, grads = jnp.asarray(P0, dtype), jnp.asarray(GRADS, dtype)

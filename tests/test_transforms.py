@@ -1,5 +1,6 @@
 """The update rules against float64 loops, Optax and closed forms."""
 
+import functools
 import math
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import adam_loop, constant, sgd_loop
+from reference import adam_loop, constant, sgd_loop, trajectory
 
 import adamw_jax as aj
 
@@ -22,16 +23,7 @@ def run(tx, p0=P0, grads=GRADS, dtype=jnp.float64, learning_rate=None):
     if learning_rate is not None:
         tx = optax.chain(tx, aj.scale_by_learning_rate(learning_rate))
 
-    @jax.jit
-    def loop(p, grads):
-        def step(carry, g):
-            p, state = carry
-            updates, state = tx.update(g, state, p)
-            p = aj.apply_updates(p, updates)
-            return (p, state), p
-
-        return jax.lax.scan(step, (p, tx.init(p)), grads)[1]
-
+    loop = jax.jit(functools.partial(trajectory, tx))
     return np.asarray(loop(jnp.asarray(p0, dtype), jnp.asarray(grads, dtype)))
 
 
@@ -95,15 +87,17 @@ def test_amsgrad_against_numpy(x64, convention, maximum, correction, betas):
 
 
 @pytest.mark.parametrize("epsilon_hat", [False, True])
-def test_amsgrad_eps_root(x64, epsilon_hat):
-    tx = aj.scale_by_amsgrad(0.9, 0.99, 1e-3, 1e-2, epsilon_hat=epsilon_hat)
+@pytest.mark.parametrize(("eps", "eps_root"), [(1e-2, 0.0), (1e-3, 1e-2)])
+def test_amsgrad_places_of_eps(x64, eps, eps_root, epsilon_hat):
+    """epsilon_hat is the article's: PyTorch 0.4 with eps on the uncorrected root."""
+    tx = aj.scale_by_amsgrad(0.9, 0.99, eps, eps_root, epsilon_hat=epsilon_hat)
     expected = adam_loop(
         P0,
         GRADS,
         constant(1e-2),
         b2=constant(0.99),
-        eps=1e-3,
-        eps_root=1e-2,
+        eps=eps,
+        eps_root=eps_root,
         maximum="raw",
         epsilon_hat=epsilon_hat,
     )
@@ -150,23 +144,6 @@ def test_amsgrad_conventions_differ():
     ]
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert np.abs(ends[i] - ends[j]).max() > 1e-2
-
-
-def test_amsgrad_epsilon_hat(x64):
-    """The article's AMSGrad: PyTorch 0.4 with eps on the uncorrected root."""
-    tx = aj.scale_by_amsgrad(0.9, 0.99, 1e-2, epsilon_hat=True)
-    expected = adam_loop(
-        P0,
-        GRADS,
-        constant(1e-2),
-        b2=constant(0.99),
-        eps=1e-2,
-        maximum="raw",
-        epsilon_hat=True,
-    )
-    np.testing.assert_allclose(
-        run(tx, learning_rate=1e-2), expected, rtol=0, atol=1e-13
-    )
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -238,7 +215,7 @@ def test_correction_at_every_step(b, driven):
     @jax.jit
     def corrections(state):
         def step(state, t):
-            at = _beta_at(beta, "exact", t, state, jnp.float32)
+            at = _beta_at("b1", beta, "exact", t, state, jnp.float32)
             return at.log_product, at.correction
 
         return jax.lax.scan(step, state, jnp.arange(100_000))[1]
@@ -318,6 +295,39 @@ def _drift(high, low, big, b1, b2, make):
         return jax.lax.scan(step, (x, tx.init(x)), big)[0][0]
 
     return float(loop(big))
+
+
+@pytest.mark.parametrize(("steps", "worst"), [(20, 0.37), (1000, 0.015)])
+def test_how_far_pytorchs_correction_is_away(steps, worst):
+    """The figures of scale_by_adam's docstring."""
+    b1 = [aj.one_cycle_torch(1.0, steps).at(k)["b1"] for k in range(steps)]
+    exact = 1 - np.cumprod(b1)
+    torch = 1 - np.power(b1, np.arange(1, steps + 1))
+    assert np.abs(exact / torch - 1).max() == pytest.approx(worst, abs=0.006)
+
+
+@pytest.mark.parametrize(("b2", "error"), [(0.999, 1e-5), (0.99999, 1e-3)])
+def test_how_far_the_naive_correction_is_away(b2, error):
+    """Likewise: 1 - b^t in float32, at its worst over the first 1000 steps."""
+    t = np.arange(1, 1001)
+    naive = np.asarray(1 - jnp.float32(b2) ** jnp.asarray(t, jnp.float32), float)
+    assert error < np.abs(naive / -np.expm1(t * math.log(b2)) - 1).max() < 3 * error
+
+
+def test_how_far_the_amsgrads_are_apart():
+    """The figures of scale_by_amsgrad's docstring."""
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(200, 500)), jnp.float32)
+    grads = grads.at[0].multiply(10)
+
+    def updates(convention):
+        tx = aj.scale_by_amsgrad(convention=convention)
+        return jax.lax.scan(
+            lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads
+        )
+
+    torch, optax_, paper = (updates(c)[1] for c in ("torch", "optax", "paper"))
+    assert float(jnp.median(torch[-1] / optax_[-1])) == pytest.approx(6, abs=0.6)
+    assert float(jnp.median(paper[0] / torch[0])) == pytest.approx(3, abs=0.3)
 
 
 # ---- low precision ------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """AdamW against Adam + L2, and the rest of the article's comparison, at your desk.
 
-    python -m train.compare                                    # digits, about a minute
+    python -m train.compare                                    # digits, half a minute
     python -m train.compare --dataset cifar10 --data-dir DIR   # see --help
 
 SGD with momentum, Adam + L2, AdamW, AMSGrad + L2 and AMSGrad + decay, all with 1cycle,
