@@ -93,7 +93,7 @@ def test_convolutions_of_a_step_are_in_the_form_that_is_fast_in_a_scan():
     x = jnp.zeros((2, 32, 32, 3))
     step = jax.grad(lambda state: nnx.merge(graph, state, copy=True)(x).sum())
     found = list(convolutions(jax.make_jaxpr(step)(state).jaxpr))
-    assert len(found) == 3 * 3  # forward, dx, dkernel
+    assert len(found) == 3 * 2  # forward and dx; dkernel is made of matrix products
     fast = lax.conv_dimension_numbers((1,) * 4, (1,) * 4, models.DIMENSIONS)
     assert set(found) == {fast}
 
@@ -190,7 +190,7 @@ def cifar_dir(tmp_path, monkeypatch):
     """Sixty random images a batch in the official format."""
     folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
     folder.mkdir()
-    for name in data.CIFAR10_MD5:
+    for name in [name for name in data.CIFAR10_MD5 if not name.endswith(".bin")]:
         labels = rng.integers(0, 10, 60)
         pixels = rng.integers(0, 56, (60, 3072)) + 20 * labels[:, None]
         batch = {b"data": pixels.astype(np.uint8), b"labels": labels.tolist()}

@@ -19,7 +19,6 @@ task was chosen by that, not by who wins it; the other is `--label-noise 0`.
 import argparse
 import dataclasses
 import functools
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,17 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamw_jax import Phases, adam, adamw, amsgrad, one_cycle, sgd
-from train import analysis, batches, data, models, plots, record, report, torch_loop
+from train import (
+    analysis,
+    batches,
+    data,
+    devices,
+    models,
+    plots,
+    record,
+    report,
+    torch_loop,
+)
 
 # ---------------------------------------------------------------------------
 # config
@@ -288,7 +297,7 @@ def main(config: Config) -> Path:
         jax.device_put((train_x, *batches.in_batches(images)), everywhere)
         for images in (splits.validation, splits.test)
     )
-    folder = record.new_folder(config)
+    folder = record.new_folder(config, f"compare-{config.dataset}")
     record.write_json(folder / "config.json", vars(config) | environment)
     example = members(tune_tables, *np.zeros((3, chunk), int))
     began = time.perf_counter()
@@ -343,16 +352,9 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    # Read by XLA when it starts, and for CPUs only: every core becomes a device, and no
-    # operation is spread over cores. What was set before comes last and wins.
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={cores} "
-        f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
-    )
     import tyro
 
+    devices.use_all_cores()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=DEFAULTS, default="digits")
     main(tyro.cli(Config, default=DEFAULTS[first.parse_known_args()[0].dataset]))

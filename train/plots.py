@@ -1,4 +1,4 @@
-"""The two pictures of `train.compare`."""
+"""Pictures: of `train.compare`, of training runs, of the learning-rate finder."""
 
 from pathlib import Path
 from typing import Any
@@ -118,3 +118,77 @@ def curves(test: dict[str, Any], cycle: Any, target: float, path: Path) -> None:
     for ax in (curve, phase, momentum, end):
         ax.spines["top"].set_visible(False)
     figure.savefig(path)
+
+
+def training(lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path) -> None:
+    """Loss and accuracy of the runs in a log of `train.cifar10`; the phases beneath."""
+    figure = Figure(figsize=(9, 9), layout="constrained", dpi=120)
+    loss, accuracy, phase = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
+    seeds = sorted({line["seed"] for line in lines if line["event"] == "epoch"})
+    for seed in seeds:
+        run = [x for x in lines if x["event"] == "epoch" and x["seed"] == seed]
+        epoch, train, test, right = (
+            [line[key] for line in run]
+            for key in ("epoch", "loss", "test_loss", "accuracy")
+        )
+        first = seed == seeds[0]
+        options: dict[str, Any] = {"lw": 1.5, "alpha": max(0.3, 1 / len(seeds))}
+        for values, colour, label in (
+            (train, COLOURS["adamw"], "training, with augmentation"),
+            (test, COLOURS["adam-l2"], "test"),
+        ):
+            label = label if first else None
+            loss.plot(epoch, values, "o-", ms=3, color=colour, label=label, **options)
+        accuracy.plot(epoch, right, "o-", ms=3, color=COLOURS["adam-l2"], **options)
+    for line in lines:
+        if line["event"] == "diverged":
+            for ax in (loss, accuracy):
+                at = line["step"] * epochs / cycle.total_steps
+                ax.axvline(at, color="black", ls=":", label="diverged")
+    ends = [line for line in lines if line["event"] == "end"]
+    if ends:
+        label = f"at the end, mean of {ends[0]['passes']} pass(es)"
+        last = [line["accuracy"] for line in ends]
+        accuracy.plot([epochs] * len(last), last, "D", color="black", label=label)
+        accuracy.set_title(f"in the end {np.mean(last):.2f} % (n = {len(last)})")
+        accuracy.legend(frameon=False, loc="lower right")
+    loss.set_yscale("log")
+    loss.set_ylabel("loss")
+    loss.legend(frameon=False)
+    accuracy.set_ylabel("test accuracy, %")
+
+    steps = np.arange(cycle.total_steps)
+    x = steps * epochs / cycle.total_steps
+    phase.plot(x, cycle.schedule("learning_rate")(steps), color="black")
+    phase.set_ylabel("learning rate")
+    phase.set_xlabel("epoch")
+    momentum = phase.twinx()
+    momentum.plot(x, cycle.schedule("b1")(steps), color="gray", ls="--")
+    momentum.set_ylabel("b1 (dashed)", color="gray")
+    for ax in (loss, accuracy, phase, momentum):
+        ax.spines["top"].set_visible(False)
+    figure.savefig(path)
+
+
+def learning_rates(found: Any) -> Figure:
+    """The curve of `train.lr_find`, without its first ten and last five points."""
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
+    ax = figure.subplots()
+    curve = np.stack(found[:3])  # rates, losses and smoothed losses
+    rates, losses, smoothed = curve[:, 10:-5] if curve.shape[1] > 16 else curve
+    ax.plot(rates, losses, ".", color="#7f7f7f", alpha=0.5, ms=4, label="each batch")
+    ax.plot(rates, smoothed, color=COLOURS["adamw"], lw=2, label="smoothed")
+    ax.set_xscale("log")
+    low, high = min(losses, default=0), max(smoothed, default=0)
+    if high > low:  # some losses lie far above
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    if found.why_not() is None:
+        for name, style in (("suggestion", "-"), ("steepest", ":")):
+            rate = getattr(found, name)
+            label = f"{name}, {rate:.2g}"
+            ax.axvline(rate, color=COLOURS["adam-l2"], ls=style, label=label)
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("training loss")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return figure

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,18 +14,85 @@ from typing import Any
 import jax
 
 
-def new_folder(config: Any) -> Path:
+def new_folder(config: Any, prefix: str) -> Path:
     """Makes the folder of a run; never that of another one unless told to."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = config.out / (config.name or f"compare-{config.dataset}-{now}")
+    folder = config.out / (config.name or f"{prefix}-{now}")
     if folder.exists() and not config.overwrite:
         raise ValueError(f"name: {folder} exists; choose another or pass --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
+def open_folder(config: Any, name: str, free: tuple[str, ...]) -> Path:
+    """Makes the folder of a run, or opens it to go on with a run of the same settings.
+
+    Args:
+        config: with out, name and overwrite; written to config.json.
+        name: of the folder, where the configuration has none.
+        free: the settings that may be others than before.
+
+    Raises:
+        ValueError: there is something else in the folder, or a run with other settings.
+    """
+    folder = config.out / (config.name or name)
+    path = folder / "config.json"
+    if path.exists() and config.overwrite:
+        shutil.rmtree(folder)
+    if not path.exists():
+        if folder.exists() and any(p.suffix != ".tmp" for p in folder.iterdir()):
+            raise ValueError(f"name: {folder} exists and is not the folder of a run")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, vars(config) | environment())
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(vars(config), default=str))
+    others = [
+        f"{key} = {before.get(key)!r}, now {value!r}"
+        for key, value in now.items()
+        if key not in free and value != before.get(key)
+    ]
+    if others:
+        raise ValueError(
+            f"name: {folder} has a run with {'; '.join(others)}. Choose another "
+            "--name, or pass --overwrite to remove it"
+        )
+    return folder
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    """Completely or not at all."""
+    draft = path.with_suffix(".tmp")
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Adds a line of JSON, which is on disk when this returns.
+
+    Of a line in which the process was killed, what there is goes.
+    """
+    before = path.read_bytes() if path.exists() else b""
+    if not before.endswith(b"\n"):
+        path.write_bytes(before[: before.rfind(b"\n") + 1])
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; not the last one, if the process was killed in it."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewrite_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces a log, completely or not at all."""
+    draft = path.with_suffix(".tmp")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def environment() -> dict[str, Any]:

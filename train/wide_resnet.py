@@ -34,13 +34,14 @@ def _conv(n_in, n_out, size, stride, dtype, rngs):
     )
 
 
-def _norm(channels, dtype, rngs, *, random_scale):
+def _norm(channels, dtype, axis_name, rngs, *, random_scale):
     """Batch norm, statistics in float32; PyTorch 0.4 drew its scales from U(0, 1)."""
     return nnx.BatchNorm(
         channels,
         momentum=0.9,  # PyTorch's 0.1
         epsilon=1e-5,
         dtype=dtype,
+        axis_name=axis_name,
         scale_init=jax.random.uniform if random_scale else nnx.initializers.ones,
         rngs=rngs,
     )
@@ -53,10 +54,10 @@ class Block(nnx.Module):
     stays it is the identity **of relu(norm(x))**.
     """
 
-    def __init__(self, n_in, n_out, stride, dtype, rngs):
-        self.norm1 = _norm(n_in, dtype, rngs, random_scale=True)
+    def __init__(self, n_in, n_out, stride, dtype, axis_name, rngs):
+        self.norm1 = _norm(n_in, dtype, axis_name, rngs, random_scale=True)
         self.conv1 = _conv(n_in, n_out, 3, stride, dtype, rngs)
-        self.norm2 = _norm(n_out, dtype, rngs, random_scale=False)
+        self.norm2 = _norm(n_out, dtype, axis_name, rngs, random_scale=False)
         self.conv2 = _conv(n_out, n_out, 3, 1, dtype, rngs)
         self.shortcut = nnx.data(
             _conv(n_in, n_out, 1, stride, dtype, rngs) if n_in != n_out else None
@@ -85,17 +86,18 @@ class WideResNet(nnx.Module):
         classes: int = 10,
         *,
         dtype: Any = jnp.float32,  # of the activations; parameters are float32
+        axis_name: str | None = None,  # mesh axis over which a batch is split
         rngs: nnx.Rngs,
     ):
         self.stem = _conv(3, STEM, 3, 1, dtype, rngs)
         sizes = [width * 2**stage for stage in range(3) for _ in range(blocks)]
         self.blocks = nnx.List(
-            Block(n_in, n_out, 2 if i in (blocks, 2 * blocks) else 1, dtype, rngs)
+            Block(n_in, n_out, 1 + (i in (blocks, 2 * blocks)), dtype, axis_name, rngs)
             for i, (n_in, n_out) in enumerate(
                 zip([STEM, *sizes[:-1]], sizes, strict=True)
             )
         )
-        self.norm = _norm(sizes[-1], dtype, rngs, random_scale=True)
+        self.norm = _norm(sizes[-1], dtype, axis_name, rngs, random_scale=True)
         self.head = nnx.Linear(
             sizes[-1],
             classes,

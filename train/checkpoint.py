@@ -1,0 +1,51 @@
+"""Checkpoints through Orbax: written in the background, complete or not there."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+
+def open_folder(folder: Path) -> ocp.training.Checkpointer:
+    """The checkpoints in this folder, of which the last two are kept.
+
+    What a killed process had not finished writing is removed.
+    """
+    # Every call of `save` is one, also while the last is still being written. (As Any:
+    # Orbax's own policies are not of the types that it asks for.)
+    every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    last_two: Any = ocp.training.preservation_policies.LatestN(2)
+    return ocp.training.Checkpointer(
+        str(folder.absolute()),
+        save_decision_policy=every,
+        preservation_policy=last_two,
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(checkpoints: ocp.training.Checkpointer, step: int, state: Any) -> None:
+    """Begins to write. The state is copied, so that it can be donated meanwhile."""
+    checkpoints.save_async(step, jax.tree.map(jnp.copy, state))
+
+
+def restore(checkpoints: ocp.training.Checkpointer, like: Any) -> Any:
+    """The latest state, with types, dtypes and places of `like`; None if there is none.
+
+    Raises:
+        ValueError: the checkpoint is of another network or another optimizer.
+    """
+    if checkpoints.latest is None:
+        return None
+    try:
+        return checkpoints.load(None, jax.tree.map(_abstract, like))
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoints.directory}: the checkpoint of step "
+            f"{checkpoints.latest.step} does not fit this run: {error}"
+        ) from error
+
+
+def _abstract(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,48 @@
+"""What the scripts run on: devices, number formats, and the memory of the compiler."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax.sharding import Mesh
+
+
+def use_all_cores(most: int | None = None) -> None:
+    """Makes every core of a CPU a device, up to `most`; call it before JAX is used.
+
+    A convolution or a small matrix product gains little from a second core. Without an
+    effect on other devices. What is in XLA_FLAGS already comes last and wins.
+    """
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={min(cores, most or cores)} "
+        f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
+    )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs, so that the next start is a fast one.
+
+    They are in ~/.cache/adamw_jax, a folder for each version of the compiler, unless
+    JAX_COMPILATION_CACHE_DIR says otherwise.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        folder = home / "adamw_jax" / f"jaxlib-{jaxlib.__version__}"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def data_mesh() -> Mesh:
+    """All devices on one axis, `data`, along which batches are split."""
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def compute_dtype(name: str):
+    """That of the activations. "auto": bfloat16, but float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
