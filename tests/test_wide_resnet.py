@@ -9,48 +9,14 @@ import torch
 from flax import nnx
 
 import adamw_jax as aj
+from train import batches
+from train.torch_wide_resnet import WideResNet as TorchWideResNet
+from train.torch_wide_resnet import crop_and_flip
 from train.wide_resnet import WideResNet
 
 pytestmark = pytest.mark.usefixtures("lenient", "x64")
 
 BLOCKS, WIDTH, STEPS = 2, 4, 20
-
-
-class TorchBlock(torch.nn.Module):
-    def __init__(self, n_in, n_out, stride):
-        super().__init__()
-        self.norm1 = torch.nn.BatchNorm2d(n_in)
-        self.conv1 = torch.nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
-        self.norm2 = torch.nn.BatchNorm2d(n_out)
-        self.conv2 = torch.nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
-        self.shortcut = None
-        if n_in != n_out:
-            self.shortcut = torch.nn.Conv2d(n_in, n_out, 1, stride, bias=False)
-
-    def forward(self, x):
-        x = self.norm1(x).relu()
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return 0.2 * self.conv2(self.norm2(self.conv1(x)).relu()) + shortcut
-
-
-class TorchWideResNet(torch.nn.Module):
-    def __init__(self, blocks, width, classes=10):
-        super().__init__()
-        self.stem = torch.nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        layers, n_in = [], 16
-        for stage in range(3):
-            for i in range(blocks):
-                n_out = width * 2**stage
-                stride = 2 if stage and i == 0 else 1
-                layers.append(TorchBlock(n_in, n_out, stride))
-                n_in = n_out
-        self.blocks = torch.nn.Sequential(*layers)
-        self.norm = torch.nn.BatchNorm2d(n_in)
-        self.head = torch.nn.Linear(n_in, classes)
-
-    def forward(self, x):
-        x = self.norm(self.blocks(self.stem(x))).relu()
-        return self.head(x.mean((2, 3)))
 
 
 NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -201,3 +167,14 @@ def test_twenty_steps_of_adamw_and_one_cycle(nets):
     expected = dict(theirs.named_parameters())
     for name, value in to_torch(train(params, stats)).items():
         close(value, expected[name].detach())
+
+
+def test_crops_and_flips_in_pytorch():
+    """So that both are timed with the same images."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (20, 40, 40, 3), np.uint8)
+    crops = batches.crops_and_flips(rng, (20,))
+    with jax.enable_x64(False):
+        ours = jax.vmap(batches.crop_and_flip)(jnp.array(x), jnp.array(crops))
+    theirs = crop_and_flip(nchw(x), torch.tensor(crops))
+    np.testing.assert_array_equal(ours, theirs.permute(0, 2, 3, 1))

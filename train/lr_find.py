@@ -39,7 +39,7 @@ import optax
 from flax import nnx
 
 from adamw_jax import adam, adamw, amsgrad, apply_updates, range_test, sgd
-from train import batches, data, plots, record
+from train import batches, data, devices, plots, record
 from train.wide_resnet import WideResNet
 
 # ---------------------------------------------------------------------------
@@ -298,7 +298,6 @@ def main(config: Config) -> Path:
     steps = per_epoch if config.steps is None else config.steps
     check_ramp(config.first, config.last, steps, config.smoothing)
     environment = record.environment()
-    devices = environment["devices"]
 
     # data: shuffled, with the article's crops and flips
     rng = np.random.default_rng(config.seed)
@@ -330,7 +329,7 @@ def main(config: Config) -> Path:
     record.write_json(folder / "config.json", vars(config) | environment)
     sizes = f"{config.blocks} blocks a stage, width {config.width}"
     print(f"{config.dataset}, WideResNet of {sizes}, {config.optimizer}:")
-    print(f"up to {steps} steps, {config.batch_size} images each, on {devices}.")
+    print(f"up to {steps} steps of {config.batch_size}, on {environment['devices']}.")
     found = find(
         loss_fn,
         params,
@@ -365,4 +364,5 @@ def main(config: Config) -> Path:
 if __name__ == "__main__":
     import tyro
 
+    devices.use_compilation_cache()
     main(tyro.cli(Config, config=(tyro.conf.PositionalRequiredArgs,)))

@@ -170,6 +170,30 @@ def training(lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path) -
     figure.savefig(path)
 
 
+def many_seeds(runs: list[dict], losses, cycle: Any, target: float, path: Path) -> None:
+    """Runs of `train.cifar10_fast`: the loss of the last one, and how all ended."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained", dpi=120)
+    loss, end = figure.subplots(1, 2)
+    steps = np.arange(len(losses))
+    loss.plot(steps, losses, color=COLOURS["adamw"], lw=1)
+    loss.set_xlabel("step")
+    loss.set_ylabel("training loss, labels smoothed")
+    loss.set_title("the last seed")
+    rate = loss.twinx()
+    rate.plot(steps, cycle.schedule("learning_rate")(steps), color="gray", ls="--")
+    rate.set_ylabel("learning rate (dashed)", color="gray")
+    accuracies = np.array([run["accuracy"] for run in runs])
+    end.hist(accuracies, bins=min(20, len(runs)), color=COLOURS["adamw"])
+    end.axvline(accuracies.mean(), color="black", label=f"mean {accuracies.mean():.2f}")
+    end.axvline(target, color="black", ls=":", label=f"target {target:g}")
+    end.set_xlabel("test accuracy, %")
+    end.set_ylabel("seeds")
+    end.legend(frameon=False)
+    for ax in (loss, rate, end):
+        ax.spines["top"].set_visible(False)
+    figure.savefig(path)
+
+
 def learning_rates(found: Any) -> Figure:
     """The curve of `train.lr_find`, without its first ten and last five points."""
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
