@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 # Train five optimizers on real data, tune each, and draw the comparison (2 minutes).
 demo: $(VENV)/demo.stamp
@@ -23,6 +23,10 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+
+# The notebooks from end to end, with a tiny network and random images.
+notebooks: $(VENV)/test.stamp
+	ADAMW_JAX_TINY=1 $(BIN)/python -m pytest --nbmake colab/*.ipynb
 
 clean:
 	rm -rf $(VENV)

@@ -411,7 +411,7 @@ def test_the_whole_job_and_one_that_is_killed(tmp_path, cifar_dir, capsys, monke
     )
     folder = cifar10_fast.main(config)
     printed = capsys.readouterr().out
-    files = {"config.json", "metrics.jsonl", "results.json"}
+    files = {"config.json", "curves.png", "metrics.jsonl", "results.json"}
     assert {path.name for path in folder.iterdir()} == files
 
     settings = json.loads((folder / "config.json").read_text())
@@ -508,7 +508,7 @@ def test_bad_settings(tmp_path, cifar_dir, option, value, allowed):
 def test_the_command_and_what_it_does_not_need():
     code = (
         "import sys\n"
-        "for name in ('tyro', 'torch', 'sklearn', 'matplotlib', 'tensorflow_datasets'):"
+        "for name in ('tyro', 'torch', 'sklearn', 'tensorflow_datasets'):"
         "    sys.modules[name] = None\n"
         "import train.cifar10_fast"
     )
