@@ -154,6 +154,16 @@ def test_recipes_do_what_they_say(name):
     assert is_amsgrad == name.startswith("amsgrad")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "optax.adamw"])
+def test_no_decay_is_no_decay(optimizer):
+    """Not AdamW's default of 1e-4."""
+    config = cifar10.dataclasses.replace(TINY, optimizer=optimizer, weight_decay=0.0)
+    tx = cifar10.optimizer_of(config, cifar10.cycle_of(config, 4))
+    params = jnp.array([5.0])
+    updates, _ = tx.update(jnp.zeros(1), tx.init(params), params)
+    assert updates == 0
+
+
 def _fields(state):
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return [jax.tree_util.keystr(path) for path, _ in leaves]
@@ -476,7 +486,9 @@ def test_any_optax_optimizer(tmp_path):
     [
         ({"optimizer": "lion"}, "optimizer must be one of adam.*got 'lion'"),
         ({"optimizer": "optax.lyon"}, "cannot import 'optax.lyon'"),
-        ({"optimizer": "optax.adam"}, "does not take.*weight_decay"),
+        ({"optimizer": "optax.adam"}, "weight_decay must be 0 with optax.adam.*0.1"),
+        ({"optimizer": "adamw", "l2": 1e-4}, "l2 must be 0 with adamw.*0.0001"),
+        ({"optimizer_args": {"bee": 1.0}}, "optimizer_args.*bee"),
         ({"optimizer": "sgd"}, None),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 15}, "multiple of the 2 devices.*got 15"),

@@ -25,6 +25,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
 from train import batches, cifar10, devices, record
+from train.report import markdown
 from train.wide_resnet import WideResNet
 
 # ---------------------------------------------------------------------------
@@ -285,18 +286,21 @@ def report(config: Config, results: dict[str, Any], environment) -> str:
         f"the {results['matmul_tflops']:.3g} TFLOP/s of a large matrix product. "
         f"{config.turns} turns of {config.steps} steps.",
         "",
-        "| | ms per step, best | median | images/s | share of the matmul rate |",
-        "|---|---|---|---|---|",
     ]
+    head = ("", "ms per step, best", "median", "images/s", "share of the matmul rate")
+    rows: list[tuple[str, ...]] = [head]
     for name, row in results["rows"].items():
-        lines.append(
-            f"| {name} | {row['best_ms']:.3g} | {row['median_ms']:.3g} | "
-            f"{row['images_per_second']:,.0f} | {row['share_of_matmul_rate']:.1%} |"
+        rows.append(
+            (
+                name,
+                f"{row['best_ms']:.3g}",
+                f"{row['median_ms']:.3g}",
+                f"{row['images_per_second']:,.0f}",
+                f"{row['share_of_matmul_rate']:.1%}",
+            )
         )
-    lines += [
-        f"| {name} | failed: {why} | | | |" for name, why in results["failed"].items()
-    ]
-    lines.append("")
+    rows += [(name, why, "", "", "") for name, why in results["failed"].items()]
+    lines += [markdown(rows), ""]
     for key, text in (
         ("scan_over_loop", "A step in an epoch takes {:.2f} x one from a Python loop."),
         ("here_over_eager", "A step here takes {:.2f} x one of PyTorch, eager."),

@@ -24,6 +24,7 @@ import dataclasses
 import datetime
 import functools
 import importlib
+import inspect
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,15 +69,16 @@ class Config:
 
     optimizer: str = "adamw"  # of adamw_jax, or by its import path: optax.lion
     learning_rate: float = 3e-3  # the peak of 1cycle
-    weight_decay: float = 0.1  # decoupled, times the learning rate; 0: not passed on
-    l2: float = 0.0  # added to the gradient; 0: not passed on
-    b2: float = 0.99  # of Adam's family
-    optimizer_args: dict[str, float] = dataclasses.field(default_factory=dict)  # more
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    l2: float = 0.0  # added to the gradient
+    b2: float = 0.99  # of our Adam, AdamW and AMSGrad
+    # more arguments of the optimizer, such as: eps 1e-6
+    optimizer_args: dict[str, float] = dataclasses.field(default_factory=dict)
     div: float = 10.0  # peak over the first learning rate
     pct: float = 0.075  # share of the epochs in which the rate is annealed at the end
     b1: tuple[float, float] = (0.95, 0.85)  # the high and the low one; SGD's momentum
     epochs: int = 30
-    batch_size: int = 128
+    batch_size: int = 128  # the last batch of an epoch has what is left over
     tta: bool = False  # judge by test-time augmentation in the end
 
     seed: int = 0  # of the first run: weights, order, crops and flips
@@ -190,9 +192,6 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
 
 def optimizer_of(config: Config, cycle: Phases) -> optax.GradientTransformation:
     """Ours are driven by all of the cycle, others by its learning rate."""
-    args: dict[str, Any] = dict(config.optimizer_args)
-    args |= {"weight_decay": config.weight_decay} if config.weight_decay else {}
-    args |= {"l2": config.l2} if config.l2 else {}
     if config.optimizer in OURS:
         factory, rate = getattr(adamw_jax, config.optimizer), cycle
     else:
@@ -204,12 +203,21 @@ def optimizer_of(config: Config, cycle: Phases) -> optax.GradientTransformation:
                 f"optimizer: cannot import {config.optimizer!r}: {error}"
             ) from error
         rate = cycle.schedule("learning_rate")
+    known, args = inspect.signature(factory).parameters, dict(config.optimizer_args)
+    for decay in ("weight_decay", "l2"):  # also 0, which need not be the default
+        value = getattr(config, decay)
+        if decay in known and decay not in args:
+            args[decay] = value
+        elif value and decay not in args:
+            raise ValueError(
+                f"{decay} must be 0 with {config.optimizer}, which has no such "
+                f"argument, got {value}"
+            )
     try:
         return factory(rate, **args)
     except TypeError as error:
         raise ValueError(
-            f"optimizer {config.optimizer!r} does not take {args}: {error} "
-            "(--weight-decay 0 and --l2 0 are not passed on)"
+            f"optimizer_args: {config.optimizer} does not take {args}: {error}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Progress, the table and sentences about results."""
+"""Progress, tables, and sentences about results."""
 
 import sys
 import time
@@ -74,11 +74,16 @@ def table(config: dict[str, Any], results: dict[str, Any]) -> str:
             + (f"{test['mean']:.2f} ± {test['std']:.2f} (n = {test['n']})", when)
             + (f"{best['seconds_per_run']:.2g}",)
         )
+    return markdown(rows)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A table whose first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
+    line = tuple("-" * width for width in widths)
     return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |"
-        for r in rows
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in (rows[0], line, *rows[1:])
     )
 
 
