@@ -1,4 +1,4 @@
-"""The Flax network equals a PyTorch one of the same construction, in float64."""
+"""The Flax network equals a PyTorch one of the same construction."""
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +35,22 @@ def to_torch(state):
     return leaves
 
 
-@pytest.fixture
-def nets():
-    ours = WideResNet(BLOCKS, WIDTH, dtype=jnp.float64, rngs=nnx.Rngs(0))
+def both(dtype):
+    """The same network twice, the weights' and activations' dtype given by name."""
+    ours = WideResNet(BLOCKS, WIDTH, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     graph, state = nnx.split(ours)
-    ours = nnx.merge(graph, jax.tree.map(lambda x: x.astype(float), state))
-    theirs = TorchWideResNet(BLOCKS, WIDTH).double()
+    ours = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), state))
+    theirs = TorchWideResNet(BLOCKS, WIDTH).to(getattr(torch, dtype))
     missing, extra = theirs.load_state_dict(
         to_torch(nnx.state(ours, (nnx.Param, nnx.BatchStat))), strict=False
     )
     assert not extra and all(name.endswith("num_batches_tracked") for name in missing)
     return ours, theirs
+
+
+@pytest.fixture
+def nets():
+    return both("float64")
 
 
 rng = np.random.default_rng(0)
@@ -95,6 +100,29 @@ def test_eval_mode(nets):
     close(ours(IMAGES[0]), theirs(nchw(IMAGES[0])).detach())
 
 
+def test_single_precision():
+    """Logits and gradients in float32, in the units of the largest one."""
+    ours, theirs = both("float32")
+    graph, params, stats = nnx.split(ours, nnx.Param, nnx.BatchStat)
+    x = IMAGES[0].astype(np.float32)
+
+    @jax.jit
+    def loss_of(params):
+        logits = nnx.merge(graph, params, stats, copy=True)(x)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS[0])
+        return loss.mean(), logits
+
+    grads, logits = jax.grad(loss_of, has_aux=True)(params)
+    their_logits = theirs(nchw(x))
+    torch.nn.functional.cross_entropy(their_logits, torch.tensor(LABELS[0])).backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    pairs = [(torch.tensor(np.asarray(logits)), their_logits.detach())]
+    pairs += [(grad, expected[name]) for name, grad in to_torch(grads).items()]
+    for one, other in pairs:
+        assert one.dtype == torch.float32
+        assert (one - other).abs().max() < 5e-5 * other.abs().max()
+
+
 def test_train_mode_and_gradients(nets):
     ours, theirs = nets
     graph, params, stats = nnx.split(ours, nnx.Param, nnx.BatchStat)
@@ -128,8 +156,10 @@ def test_train_mode_and_gradients(nets):
         close(value, theirs_now)
 
 
-def test_twenty_steps_of_adamw_and_one_cycle(nets):
-    ours, theirs = nets
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_twenty_steps_of_adamw_and_one_cycle(dtype, tolerance):
+    ours, theirs = both(dtype)
+    images = IMAGES.astype(dtype)
     graph, params, stats = nnx.split(ours, nnx.Param, nnx.BatchStat)
     phases = aj.one_cycle_torch(3e-3, STEPS)
     tx = aj.adamw(phases, b2=0.99, weight_decay=0.1, bias_correction="torch")
@@ -151,7 +181,7 @@ def test_twenty_steps_of_adamw_and_one_cycle(nets):
             return (optax.apply_updates(params, updates), stats, opt), None
 
         carry = params, stats, tx.init(params)
-        return jax.lax.scan(step, carry, (IMAGES, LABELS))[0][0]
+        return jax.lax.scan(step, carry, (images, LABELS))[0][0]
 
     opt = torch.optim.AdamW(
         theirs.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0.1
@@ -159,14 +189,15 @@ def test_twenty_steps_of_adamw_and_one_cycle(nets):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=STEPS)
     for i in range(STEPS):
         opt.zero_grad()
-        logits = theirs(nchw(IMAGES[i]))
+        logits = theirs(nchw(images[i]))
         torch.nn.functional.cross_entropy(logits, torch.tensor(LABELS[i])).backward()
         opt.step()
         if i < STEPS - 1:
             scheduler.step()
     expected = dict(theirs.named_parameters())
     for name, value in to_torch(train(params, stats)).items():
-        close(value, expected[name].detach())
+        assert value.dtype == getattr(torch, dtype)
+        close(value, expected[name].detach(), tolerance)
 
 
 def test_crops_and_flips_in_pytorch():

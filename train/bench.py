@@ -314,6 +314,7 @@ def report(config: Config, results: dict[str, Any], environment) -> str:
 if __name__ == "__main__":
     import tyro
 
-    devices.use_all_cores()
     devices.use_compilation_cache()
-    main(tyro.cli(Config, config=(tyro.conf.PositionalRequiredArgs,)))
+    config = tyro.cli(Config, config=(tyro.conf.PositionalRequiredArgs,))
+    devices.use_all_cores(config.batch_size)
+    main(config)

@@ -583,8 +583,9 @@ def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     import tyro
 
-    devices.use_all_cores()
     devices.use_compilation_cache()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=RECIPES, default="adamw-30")
-    main(tyro.cli(Config, default=RECIPES[first.parse_known_args()[0].recipe]))
+    config = tyro.cli(Config, default=RECIPES[first.parse_known_args()[0].recipe])
+    devices.use_all_cores(config.batch_size)
+    main(config)

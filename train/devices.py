@@ -10,16 +10,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 
-def use_all_cores(most: int | None = None) -> None:
-    """Makes every core of a CPU a device, up to `most`; call it before JAX is used.
+def use_all_cores(batch_size: int | None = None) -> None:
+    """Makes every core of a CPU a device; call it before JAX is used.
 
-    A convolution or a small matrix product gains little from a second core. Without an
-    effect on other devices. What is in XLA_FLAGS already comes last and wins.
+    A convolution or a small matrix product gains little from a second core. With a
+    batch size, as many as divide it. Without an effect on other devices. What is in
+    XLA_FLAGS already comes last and wins.
     """
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    while batch_size and batch_size % cores:
+        cores -= 1
     os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={min(cores, most or cores)} "
+        f"--xla_force_host_platform_device_count={cores} "
         f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"
     )
 
@@ -42,7 +45,9 @@ def data_mesh() -> Mesh:
 
 
 def compute_dtype(name: str):
-    """That of the activations. "auto": bfloat16, but float32 on a CPU."""
+    """That of the activations. "auto": bfloat16, where the device computes with it."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        device = jax.devices()[0]
+        old_gpu = float(getattr(device, "compute_capability", 8)) < 8  # T4, V100
+        name = "float32" if device.platform == "cpu" or old_gpu else "bfloat16"
     return jnp.dtype(name)

@@ -104,9 +104,10 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     devices, script = jax.devices(), Path(sys.argv[0]).stem
+    command = f"python -m train.{script} {shlex.join(sys.argv[1:])}"
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": f"python -m train.{script} {shlex.join(sys.argv[1:])}",
+        "command": "a notebook" if "ipykernel" in sys.modules else command,
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
