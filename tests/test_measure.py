@@ -1,0 +1,70 @@
+"""The script that measures everything on a GPU, with an interpreter that only notes."""
+
+import importlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import tyro
+
+SCRIPT = Path(__file__).parents[1] / "train" / "measure_cifar10.sh"
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Runs it; returns the exit status and the commands, as lists of words."""
+    notes, python = tmp_path / "notes", tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {notes}\necho says something\n'
+        'case "$*" in *$FAIL*) exit 1;; esac\n'
+    )
+    python.chmod(0o755)
+
+    def run(fail="nothing"):
+        notes.write_text("")
+        env = os.environ | {"PYTHON": str(python), "FAIL": fail}
+        done = subprocess.run([SCRIPT, "DIR", tmp_path / "out"], env=env, check=False)
+        return done.returncode, [line.split() for line in notes.read_text().split("\n")]
+
+    return run
+
+
+def test_what_is_done_is_not_repeated_and_what_failed_is(measure, tmp_path):
+    status, commands = measure(fail="sgd-30")
+    assert status == 1
+    names = [words[words.index("--name") + 1] for words in commands[:-1]]
+    assert len(names) == len(set(names)) == 10
+    assert "says something" in (tmp_path / "out" / "sgd-30.log").read_text()
+    status, commands = measure()
+    assert status == 0
+    assert [words[1] for words in commands[:-1]] == ["train.cifar10"]
+    assert "sgd-30" in commands[0]
+    assert measure() == (0, [[]])
+
+
+def test_the_commands_are_understood(measure):
+    """By each script's own parser; with the seeds that were asked for."""
+    _, commands = measure()
+    runs = {}
+    for _, module, *args in commands[:-1]:
+        script = importlib.import_module(module)
+        options = {"config": (tyro.conf.PositionalRequiredArgs,)}
+        default = {}
+        if module == "train.cifar10":
+            recipe = args[args.index("--recipe") + 1]
+            default = {"default": script.RECIPES[recipe]}
+            options = {}
+        config = tyro.cli(script.Config, args=args, **default, **options)
+        runs[config.name] = config
+        assert config.out.name == "out"
+        if module == "train.cifar10":
+            assert (config.blocks, config.width, config.train_size) == (3, 96, None)
+            assert config.name == config.recipe
+    seeds = {name: getattr(config, "seeds", None) for name, config in runs.items()}
+    assert seeds == {
+        **{"fast": 10, "fast-200": 200, "bench-wrn22": None},
+        **{"adamw-30": 5, "adamw-18-tta": 5, "adamw-30-wd0.3": 3},
+        **{"adam-l2-30": 3, "amsgrad-30": 3, "amsgrad-l2-30": 3, "sgd-30": 3},
+    }
+    assert runs["fast-200"].first_seed >= 10  # none that the choices were made with
