@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.image import imread
 
 import adamw_jax as aj
@@ -118,40 +120,72 @@ def test_the_articles_steps():
         assert values["b2"] == 0.99
 
 
-RECIPES = {  # epochs, peak, decoupled decay, L2
-    "adamw-30": (30, 3e-3, 0.1, 0),
-    "adamw-30-wd0.3": (30, 3e-3, 0.3, 0),
-    "adamw-18-tta": (18, 3e-3, 0.1, 0),
-    "adam-l2-30": (30, 1e-3, 0, 1e-6),
-    "amsgrad-30": (30, 3e-3, 0.1, 0),
-    "amsgrad-l2-30": (30, 1e-3, 0, 1e-6),
-    "sgd-30": (30, 0.5, 0, 1e-4),
+RECIPES = {  # epochs, peak, div, share of the last phase, decoupled decay, L2
+    "adamw-30": (30, 3e-3, 10, 0.075, 0.1, 0),
+    "adamw-30-wd0.3": (30, 3e-3, 10, 0.075, 0.3, 0),
+    "adamw-18-tta": (18, 3e-3, 10, 0.075, 0.1, 0),
+    "adam-l2-30": (30, 1e-3, 10, 0.075, 0, 1e-6),
+    "amsgrad-30": (30, 3e-3, 10, 0.075, 0.1, 0),
+    "amsgrad-l2-30": (30, 1e-3, 10, 0.075, 0, 1e-6),
+    "sgd-30": (30, 0.5, 20, 0.2, 0, 1e-4),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_do_what_they_say(name):
-    """The optimizer in force: its rate, and its update by the rule, at the peak."""
+    """Two updates, by the rule written out in NumPy; the phases; the rest."""
     config = cifar10.RECIPES[name]
     assert config.recipe == name and name in cifar10.ARTICLE
-    n_epochs, rate, decay, l2 = RECIPES[name]
+    n_epochs, rate, div, pct, decay, l2 = RECIPES[name]
     assert (config.epochs, config.batch_size) == (n_epochs, 128)
     assert config.tta == ("tta" in name)
     cycle = cifar10.cycle_of(config, 391)
-    peak = max(range(cycle.total_steps), key=lambda k: cycle.at(k)["learning_rate"])
-    assert cycle.at(peak)["learning_rate"] == pytest.approx(rate)
+    total = n_epochs * 391
+    assert cycle.total_steps == total
+    top = math.ceil((1 - pct) / 2 * total - 1e-6)
+    last = math.ceil((1 - pct) * total - 1e-6)
+    for step, factor, b1 in ((0, 1 / div, 0.95), (top, 1, 0.85), (last, 1 / div, 0.95)):
+        assert cycle.at(step)["learning_rate"] == pytest.approx(rate * factor, rel=1e-6)
+        assert cycle.at(step)["b1"] == pytest.approx(b1, rel=1e-6)
 
     tx = cifar10.optimizer_of(config, cycle)
-    params, grads = jnp.array([2.0, -3.0]), jnp.array([0.5, 0.25])
-    state = tx.init(params)
-    updates, _ = tx.update(grads, state, params)
-    lr = cycle.at(0)["learning_rate"]
-    g = np.array(grads) + l2 * np.array(params)
-    direction = g if config.optimizer == "sgd" else np.sign(g)
-    expected = -lr * (direction + decay * np.array(params))
-    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+    p = np.array([2.0, -3.0])
+    gradients = np.array([[1e-6, -1e-6], [1e-4, 1e-7]])  # where L2 is heard
+    state = tx.init(jnp.array(p))
+    m = v = largest = np.zeros(2)
+    kept = 1.0  # the product of the betas: what an exact bias correction divides by
+    for k, g in enumerate(gradients):
+        updates, state = tx.update(jnp.array(g), state, jnp.array(p))
+        values, g = cycle.at(k), g + l2 * p
+        b1, kept = values["b1"], kept * values["b1"]
+        if config.optimizer == "sgd":
+            m = b1 * m + g
+            direction = m
+        else:
+            m, v = b1 * m + (1 - b1) * g, 0.99 * v + 0.01 * g**2
+            largest = np.maximum(largest, v)
+            used = largest if name.startswith("amsgrad") else v
+            root = np.sqrt(used / (1 - 0.99 ** (k + 1)))
+            direction = m / (1 - kept) / (root + 1e-8)
+        expected = -values["learning_rate"] * (direction + decay * p)
+        np.testing.assert_allclose(updates, expected, rtol=1e-4)
+        p = p + expected
     is_amsgrad = any("max" in f for f in _fields(state))
     assert is_amsgrad == name.startswith("amsgrad")
+
+
+def test_other_optimizers_follow_the_rate():
+    config = cifar10.dataclasses.replace(
+        TINY, optimizer="optax.lion", weight_decay=0.0, learning_rate=1e-2
+    )
+    cycle = cifar10.cycle_of(config, 4)
+    assert set(cycle.at(0)) == {"learning_rate"}  # nothing else drives them
+    tx = cifar10.optimizer_of(config, cycle)
+    params = jnp.ones(1)
+    state = tx.init(params)
+    for step in range(3):
+        updates, state = tx.update(jnp.ones(1), state, params)
+        np.testing.assert_allclose(updates, -cycle.at(step)["learning_rate"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "optax.adamw"])
@@ -212,7 +246,7 @@ def plain_epoch(config, state, train, seed, epoch):
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), new, opt, loss
 
-    _, params, stats, opt = state
+    *_, params, stats, opt = state
     for first in range(0, TRAIN, config.batch_size):
         x = []
         for image in order[first : first + config.batch_size]:
@@ -247,17 +281,44 @@ def test_an_epoch_equals_a_plain_loop(n_devices):
     )
 
 
-def test_the_state_is_donated_and_traced_once():
-    programs = cifar10.build(TINY, devices.data_mesh(), TRAIN)
-    train, _ = fake_cifar10(None)
-    state = jax.jit(programs.initial_state)(0)
-    epoch = jax.jit(programs.train_epoch, donate_argnums=0)
+def test_what_is_compiled(tmp_path):
+    """The state is donated; the last evaluation is one of five passes; one trace."""
+    mesh = devices.data_mesh()
+    programs = cifar10.build(TINY, mesh, TRAIN)
+    train, test = fake_cifar10(None)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    x, y, test_x = jax.device_put(
+        (batches.padded(train.x), train.y, test.x[None]), everywhere
+    )
+    program = cifar10.compiled(programs, everywhere, x, y, test_x, tta=True)
+    zero = np.int32(0)
+    state = program.initial_state(zero)
+    expected = jax.jit(programs.evaluate, static_argnums=3)(state, test_x, zero, 4)
+    found = program.evaluate_last(state, test_x, zero)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not np.allclose(found, program.evaluate(state, test_x, zero), rtol=1e-4)
     leaf = jax.tree.leaves(state.params)[0]
-    x = batches.padded(train.x)
-    after, _ = epoch(state, x, train.y, np.int32(0), np.int32(0))
+    state, _ = program.train_epoch(state, x, y, zero, zero)
     assert leaf.is_deleted()
-    epoch(after, x, train.y, np.int32(1), np.int32(1))
-    assert epoch._cache_size() <= 2  # once more only where the state is placed
+    program.train_epoch(state, x, y, np.int32(1), np.int32(1))  # as it is
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_command_trains_what_a_plain_loop_trains(tmp_path, seed):
+    """Every epoch its own order, every seed its own."""
+    config = cifar10.dataclasses.replace(TINY, epochs=2)
+    run(tmp_path, config, seed=seed)
+    lines = [x for x in log(tmp_path / "run") if x["event"] == "epoch"]
+    train, _ = fake_cifar10(None)
+    state = cifar10.build(config, devices.data_mesh(), TRAIN).initial_state(seed)
+    for epoch in range(2):
+        state, losses = plain_epoch(config, state, train, seed, epoch)
+        assert lines[epoch]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
+
+
+def test_fewer_images(tmp_path):
+    run(tmp_path, train_size=32, epochs=1)
+    assert [x["step"] for x in log(tmp_path / "run") if x["event"] == "epoch"] == [2]
 
 
 def test_activations_in_bfloat16_and_parameters_in_float32():
@@ -363,12 +424,19 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     folder = tmp_path / "run"
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["n"] == 2 and len(results["accuracy"]["runs"]) == 2
+    accuracies = results["accuracy"]["runs"]
     assert results["accuracy"]["mean"] > 30  # colours are easy; a guess has 10 %
+    assert results["accuracy"]["mean"] == pytest.approx(statistics.mean(accuracies))
+    assert results["accuracy"]["std"] == pytest.approx(statistics.stdev(accuracies))
+    seconds = [x["seconds"] for x in log(folder) if x["event"] == "epoch"]
+    assert results["train_seconds"] == pytest.approx(sum(seconds) / 2)
     lines = log(folder)
     assert [line["event"] for line in lines] == (
         ["start"] + (["epoch"] * 8 + ["end"]) * 2
     )
     first, last = lines[1], lines[8]
+    assert lines[9]["passes"] == 5
+    assert lines[9]["test_loss"] != last["test_loss"]  # that of the plain pass
     assert (first["step"], last["step"], last["epoch"]) == (4, 32, 8)
     assert last["loss"] < first["loss"]
     cycle = cifar10.cycle_of(cifar10.dataclasses.replace(TINY, epochs=8), 4)
@@ -416,9 +484,61 @@ def test_a_folder_is_never_overwritten_without_being_asked(tmp_path):
     assert len(log(tmp_path / "run")) == 4
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    for other in ("", "{}", '{"script": "compare"}', "no JSON"):
+        if other:
+            (tmp_path / "mine" / "config.json").write_text(other)
+        with pytest.raises(
+            ValueError, match="not the folder of a run of train.cifar10"
+        ):
+            run(tmp_path, name="mine", overwrite=True)
+        assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+    (tmp_path / "file").write_text("precious")
     with pytest.raises(ValueError, match="not the folder of a run"):
-        run(tmp_path, name="mine", overwrite=True)
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+        run(tmp_path, name="file", overwrite=True)
+    for name in ("..", "a/b", str(tmp_path)):
+        with pytest.raises(ValueError, match="name must be that of a folder"):
+            run(tmp_path, name=name, overwrite=True)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path):
+    run(tmp_path, epochs=1)
+    for changes in ({"seeds": 2}, {"overwrite": True}):
+        with record.alone(tmp_path / "run"):
+            with pytest.raises(ValueError, match="another process is at work"):
+                run(tmp_path, epochs=1, **changes)
+    assert len(log(tmp_path / "run")) == 3
+    assert run(tmp_path, epochs=1, seeds=2)["n"] == 2
+    assert run(tmp_path, epochs=1)["n"] == 1  # of the seeds that were asked for
+
+
+def test_a_log_that_lost_its_lines_is_refused(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "run" / "metrics.jsonl"
+    record.rewrite_lines(path, log(tmp_path / "run")[:2])
+    with pytest.raises(ValueError, match="1 epochs of seed 0, its checkpoint 3"):
+        run(tmp_path)
+
+
+def test_what_was_cut_off_in_a_log_goes(tmp_path):
+    path = tmp_path / "log"
+    record.append_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"b": ')
+    assert record.read_lines(path) == [{"a": 1}]
+    record.append_line(path, {"c": 3})
+    assert path.read_text() == '{"a": 1}\n{"c": 3}\n'
+
+
+def test_other_devices_are_mentioned(tmp_path, capsys):
+    run(tmp_path, epochs=1)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = log(tmp_path / "run")
+    lines[0]["devices"] = "1 x abacus"
+    record.rewrite_lines(path, lines)
+    results = run(tmp_path, epochs=1, seeds=2)
+    assert "Begun with other devices" in capsys.readouterr().out
+    assert results["devices"] == "1 x abacus and 2 x cpu"
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -431,6 +551,8 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         run(tmp_path, name="bad", **changes | {"learning_rate": 1e25, "div": 1.0})
     lines = log(tmp_path / "bad")
     assert lines[-1]["event"] == "diverged" and lines[-1]["step"] < 4
+    with pytest.raises(FloatingPointError, match="No epoch was finished"):
+        run(tmp_path, name="bad", **changes | {"learning_rate": 1e25, "div": 1.0})
     assert imread(tmp_path / "bad" / "curves.png").std() > 0.01
 
     # a checkpoint before the divergence is still there, and is where it goes on
@@ -442,7 +564,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     original = cifar10.first_bad
     cifar10.first_bad = lambda losses, test_loss: 2
     try:
-        with pytest.raises(FloatingPointError, match="step 6"):
+        with pytest.raises(FloatingPointError, match="step 6.*of epoch 1 is kept"):
             run(tmp_path, epochs=2, **changes)
     finally:
         cifar10.first_bad = original
@@ -489,6 +611,12 @@ def test_any_optax_optimizer(tmp_path):
         ({"optimizer": "optax.adam"}, "weight_decay must be 0 with optax.adam.*0.1"),
         ({"optimizer": "adamw", "l2": 1e-4}, "l2 must be 0 with adamw.*0.0001"),
         ({"optimizer_args": {"bee": 1.0}}, "optimizer_args.*bee"),
+        ({"optimizer": "optax.lbfgs", "weight_decay": 0.0}, "not a transformation"),
+        ({"optimizer": "math.pow", "weight_decay": 0.0}, "not a transformation|take"),
+        ({"optimizer": "optax.lion", "b2": 0.5}, "b2 must be left alone.*got 0.5"),
+        ({"optimizer": "optax.lion", "b1": (0.9, 0.8)}, "b1 must be left alone"),
+        ({"optimizer": "sgd", "b2": 0.5}, "b2 must be left alone"),
+        ({"seed": 2**31 - 1, "seeds": 2}, "seed must be in"),
         ({"optimizer": "sgd"}, None),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 15}, "multiple of the 2 devices.*got 15"),

@@ -6,8 +6,8 @@
     python -m train.cifar10 --data-dir DIR --optimizer optax.lion --learning-rate 3e-4
 
 Everything is in runs/NAME: config.json, metrics.jsonl, curves.png, checkpoints/,
-results.json. Killed at any moment, the same command goes on from the last epoch that
-was saved and ends with the same bits. (On a GPU that takes
+results.json. Killed at any moment, the same command, without --overwrite, goes on from
+the last epoch that was saved and ends with the same bits. (On a GPU that takes
 XLA_FLAGS=--xla_gpu_deterministic_ops=true, which is slower.)
 
 The images stay on the device. An epoch is one program: shuffling, crops and flips, and
@@ -23,7 +23,8 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import importlib
+import hashlib
+import importlib.util
 import inspect
 import time
 from pathlib import Path
@@ -71,12 +72,12 @@ class Config:
     learning_rate: float = 3e-3  # the peak of 1cycle
     weight_decay: float = 0.1  # decoupled, times the learning rate
     l2: float = 0.0  # added to the gradient
-    b2: float = 0.99  # of our Adam, AdamW and AMSGrad
+    b2: float = 0.99  # of our Adam, AdamW and AMSGrad; others: optimizer_args
     # more arguments of the optimizer, such as: eps 1e-6
     optimizer_args: dict[str, float] = dataclasses.field(default_factory=dict)
     div: float = 10.0  # peak over the first learning rate
     pct: float = 0.075  # share of the epochs in which the rate is annealed at the end
-    b1: tuple[float, float] = (0.95, 0.85)  # the high and the low one; SGD's momentum
+    b1: tuple[float, float] = (0.95, 0.85)  # high and low, of ours; momentum of SGD
     epochs: int = 30
     batch_size: int = 128  # the last batch of an epoch has what is left over
     tta: bool = False  # judge by test-time augmentation in the end
@@ -86,7 +87,7 @@ class Config:
     tensorboard: bool = False  # also write events for TensorBoard
     out: Path = Path("runs")  # where the folder with the results goes
     name: str | None = None  # of that folder; None: cifar10-RECIPE
-    overwrite: bool = False  # remove an earlier run of that name
+    overwrite: bool = False  # remove an earlier run of that name, also an unfinished
 
 
 # What the article does not say is from its author's notebooks of the same weeks; there,
@@ -118,7 +119,7 @@ ARTICLE = {  # test accuracy in %, and where it is said
     "sgd-30": "94.18 (the author's notebook)",
 }
 TTA_PASSES = 4  # augmented ones, beside the plain one
-OURS = ("adam", "adamw", "amsgrad", "sgd")
+OURS = ("adam", "adamw", "amsgrad", "sgd")  # the last has no b2
 # What may change from a run to its continuation.
 FREE = ("data_dir", "seeds", "tensorboard", "out", "name", "overwrite")
 
@@ -141,7 +142,19 @@ def check(c: Config, train_size: int) -> None:
             f"one of {', '.join(OURS)}, or an import path as optax.lion",
         ),
         "seeds": (c.seeds >= 1, "at least 1"),
-        "seed": (c.seed >= 0, "at least 0"),
+        "seed": (0 <= c.seed <= 2**31 - c.seeds, f"in [0, {2**31 - c.seeds}]"),
+        "b1": (
+            c.optimizer in OURS or c.b1 == Config.b1,
+            f"left alone with {c.optimizer}, which takes it by optimizer_args",
+        ),
+        "b2": (
+            c.optimizer in OURS[:3] or c.b2 == Config.b2,
+            f"left alone with {c.optimizer}, which takes it by optimizer_args",
+        ),
+        "tensorboard": (
+            not c.tensorboard or importlib.util.find_spec("tensorboardX"),
+            "False, since tensorboardX is not installed: pip install tensorboardX",
+        ),
     }
     for option, (good, allowed) in rules.items():
         if not good:
@@ -177,17 +190,19 @@ def network(config: Config, seed) -> WideResNet:
 
 def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
     """Rate, b1 and b2 at every step: up, down as long, and an annealing."""
-    return one_cycle(
+    cycle = one_cycle(
         config.learning_rate,
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         div=config.div,
         pct=config.pct,
         b1=config.b1,
-        b2=config.b2
-        if config.optimizer in OURS and config.optimizer != "sgd"
-        else None,
+        b2=config.b2 if config.optimizer in OURS[:3] else None,
     )
+    if config.optimizer in OURS:
+        return cycle
+    rate_alone = [dataclasses.replace(phase, b1=None) for phase in cycle.phases]
+    return Phases(rate_alone, steps_per_epoch)
 
 
 def optimizer_of(config: Config, cycle: Phases) -> optax.GradientTransformation:
@@ -268,6 +283,15 @@ def build(config: Config, mesh: Mesh, train_size: int) -> Programs:
         for mode in (False, True)
     )
 
+    params = nnx.state(net, nnx.Param)
+    try:
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"optimizer: {config.optimizer} is not a transformation of gradients that "
+            f"needs nothing but them and the parameters: {error}"
+        ) from error
+
     def initial_state(seed):
         _, params, stats = nnx.split(network(config, seed), nnx.Param, nnx.BatchStat)
         return State(jnp.int32(0), params, stats, tx.init(params))
@@ -341,25 +365,35 @@ def build(config: Config, mesh: Mesh, train_size: int) -> Programs:
 # ---------------------------------------------------------------------------
 
 
+class Compiled(NamedTuple):
+    initial_state: Any
+    train_epoch: Any
+    evaluate: Any  # with the augmented passes, which are 0, or what the recipe has
+    evaluate_last: Any
+    state: Any  # shapes, dtypes and places of a state
+
+
 def compiled(programs: Programs, everywhere: NamedSharding, x, y, test_x, tta: bool):
-    """The programs, ready to run on these images; and what a state is."""
+    """The programs, ready to run on these images."""
     number = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         jax.eval_shape(programs.initial_state, number),
     )
-    train_epoch = jax.jit(
-        programs.train_epoch, donate_argnums=0, out_shardings=everywhere
-    ).lower(state, x, y, number, number)
-    evaluate = {
-        augmented: jax.jit(
-            programs.evaluate, static_argnums=3, out_shardings=everywhere
-        )
-        .lower(state, test_x, number, augmented)
-        .compile()
-        for augmented in ((0, TTA_PASSES) if tta else (0,))
-    }
-    return train_epoch.compile(), evaluate, state
+    jit = functools.partial(jax.jit, out_shardings=everywhere)
+    train_epoch = jit(programs.train_epoch, donate_argnums=0)
+    plain, augmented = (
+        jit(functools.partial(programs.evaluate, augmented=passes))
+        for passes in (0, TTA_PASSES)
+    )
+    plain = plain.lower(state, test_x, number).compile()
+    return Compiled(
+        jit(programs.initial_state).lower(number).compile(),
+        train_epoch.lower(state, x, y, number, number).compile(),
+        plain,
+        augmented.lower(state, test_x, number).compile() if tta else plain,
+        state,
+    )
 
 
 def judge(probabilities, labels: np.ndarray) -> tuple[float, float]:
@@ -387,68 +421,96 @@ def main(config: Config) -> dict[str, Any]:
     train, test = data.read_cifar10(config.data_dir)
     check(config, len(train.y))
     size = config.train_size or len(train.y)
-    config = dataclasses.replace(config, train_size=size)
+    dtype: Any = str(devices.compute_dtype(config.dtype))
+    config = dataclasses.replace(config, train_size=size, dtype=dtype)
+    train = data.Images(train.x[:size], train.y[:size])
     mesh = devices.data_mesh()
-    programs = build(config, mesh, size)
-    cycle = programs.cycle
-    folder = record.open_folder(config, f"cifar10-{config.recipe}", FREE)
-    log = folder / "metrics.jsonl"
-    ended = {line["seed"] for line in record.read_lines(log) if line["event"] == "end"}
-    seeds = range(config.seed, config.seed + config.seeds)
-    waiting = [seed for seed in seeds if seed not in ended]
-    if not waiting:
-        print(f"{folder} is finished already; --overwrite begins again.")
-        return report(config, cycle, folder)
+    programs = build(config, mesh, size)  # refuses a bad optimizer
+    labels = hashlib.md5(train.y.tobytes(), usedforsecurity=False).hexdigest()
+    name = f"cifar10-{config.recipe}"
+    folder = record.open_folder(config, "cifar10", name, FREE, labels=labels)
+    with record.alone(folder):
+        waiting = [seed for seed in seeds_of(config) if not ended(folder, seed)]
+        if waiting:
+            train_seeds(config, programs, mesh, waiting, train, test, folder)
+        else:
+            print(f"{folder} is finished already; --overwrite begins again.")
+        return report(config, programs.cycle, folder)
+
+
+def seeds_of(config: Config) -> range:
+    return range(config.seed, config.seed + config.seeds)
+
+
+def lines_of(folder: Path, event: str, seed: int | None = None) -> list[dict[str, Any]]:
+    """Of the log; of one seed, or those that are of none."""
+    lines = record.read_lines(folder / "metrics.jsonl")
+    return [x for x in lines if x["event"] == event and x.get("seed") == seed]
+
+
+def ended(folder: Path, seed: int) -> bool:
+    return bool(lines_of(folder, "end", seed))
+
+
+def train_seeds(config, programs, mesh, seeds, train, test, folder):
+    log, cycle = folder / "metrics.jsonl", programs.cycle
+    steps = cycle.total_steps // config.epochs
 
     # to the devices; compile
     everywhere = NamedSharding(mesh, PartitionSpec())
-    x, y = jax.device_put((batches.padded(train.x[:size]), train.y[:size]), everywhere)
+    x, y = jax.device_put((batches.padded(train.x), train.y), everywhere)
     test_x = jax.device_put(batches.in_batches(test).x, everywhere)
     began = time.perf_counter()
-    train_epoch, evaluate, like = compiled(
-        programs, everywhere, x, y, test_x, config.tta
-    )
+    program = compiled(programs, everywhere, x, y, test_x, config.tta)
     start = {"event": "start", "compile_seconds": time.perf_counter() - began}
-    record.append_line(log, start | record.environment())
-    parameters = sum(p.size for p in jax.tree.leaves(like.params))
+    start |= record.environment()
+    if earlier := lines_of(folder, "start"):
+        keys = ("devices", "versions", "xla_flags")
+        others = [key for key in keys if start[key] != earlier[-1][key]]
+        if others:
+            print(f"Begun with other {', '.join(others)}: the bits will be others too.")
+    record.append_line(log, start)
+    parameters = sum(p.size for p in jax.tree.leaves(program.state.params))
     print(
-        f"{folder}: {parameters:,} parameters, {size:,} images, {cycle.total_steps:,} "
-        f"steps, {mesh.size} x {jax.devices()[0].device_kind}, compiled in "
+        f"{folder}: {parameters:,} parameters, {len(y):,} images, "
+        f"{cycle.total_steps:,} steps, on {start['devices']}, compiled in "
         f"{start['compile_seconds']:.1f} s\n{cycle}",
         flush=True,
     )
 
     epoch_seconds = []  # with everything, to know how long it will take
-    for seed in map(np.int32, waiting):
+    for run, seed in enumerate(seeds):
+        number = np.int32(seed)
         with checkpoint.open_folder(folder / "checkpoints" / str(seed)) as checkpoints:
-            state = checkpoint.restore(checkpoints, like)
+            state = checkpoint.restore(checkpoints, program.state)
             if state is None:
-                initial_state = jax.jit(
-                    programs.initial_state, out_shardings=everywhere
-                )
-                state = initial_state(seed)
-            steps = cycle.total_steps // config.epochs
+                state = program.initial_state(number)
             first = int(state.step) // steps
-            forget(log, int(seed), first)
+            forget(log, seed, first)
             events = event_writer(
-                config, folder / "tensorboard" / str(seed), state.step
+                config, folder / "tensorboard" / str(seed), first * steps
             )
             for epoch in range(first, config.epochs):
                 began = time.perf_counter()
-                state, losses = train_epoch(state, x, y, seed, np.int32(epoch))
+                state, losses = program.train_epoch(
+                    state, x, y, number, np.int32(epoch)
+                )
                 losses = np.asarray(losses)  # waits for the device
                 seconds = time.perf_counter() - began
-                test_loss, accuracy = judge(evaluate[0](state, test_x, seed), test.y)
+                test_loss, accuracy = judge(
+                    program.evaluate(state, test_x, number), test.y
+                )
                 bad = first_bad(losses, test_loss)
                 if bad is not None:
-                    stop(config, cycle, folder, seed, epoch * steps + bad, losses[bad])
+                    losses = (float(losses[bad]), test_loss)
+                    stop(config, cycle, folder, seed, epoch * steps + bad, *losses)
                 step = (epoch + 1) * steps
                 line = {
-                    **{"event": "epoch", "seed": int(seed), "epoch": epoch + 1},
+                    **{"event": "epoch", "seed": seed, "epoch": epoch + 1},
                     **{"step": step, "loss": float(losses.mean())},
                     **{"test_loss": test_loss, "accuracy": accuracy},
                     **{k: float(v) for k, v in cycle.at(step - 1).items()},
-                    **{"seconds": seconds, "images_per_second": size / seconds},
+                    **{"seconds": seconds, "images_per_second": len(y) / seconds},
                 }
                 record.append_line(log, line)
                 checkpoint.save(checkpoints, step, state)
@@ -457,43 +519,58 @@ def main(config: Config) -> dict[str, Any]:
                         events.add_scalar(key, line[key], step)
                     events.flush()
                 epoch_seconds.append(time.perf_counter() - began)
-                left = config.epochs * (seeds.stop - seed) - epoch - 1
+                left = (len(seeds) - run) * config.epochs - epoch - 1
                 mean = sum(epoch_seconds) / len(epoch_seconds)
                 print_progress(config, cycle, line, left * mean)
             if events:
                 events.close()
             began = time.perf_counter()
-            passes = max(evaluate)
-            test_loss, accuracy = judge(evaluate[passes](state, test_x, seed), test.y)
-            end = {"event": "end", "seed": int(seed), "passes": 1 + passes}
+            test_loss, accuracy = judge(
+                program.evaluate_last(state, test_x, number), test.y
+            )
+            end = {"event": "end", "seed": seed, "passes": 1 + TTA_PASSES * config.tta}
             end |= {"test_loss": test_loss, "accuracy": accuracy}
             checkpoints.wait()
             record.append_line(log, end | {"seconds": time.perf_counter() - began})
-    return report(config, cycle, folder)
+        draw(config, cycle, folder)
 
 
 def forget(log: Path, seed: int, epochs: int) -> None:
     """Takes from the log what a killed run did after its last checkpoint."""
-    lines = record.read_lines(log)
-    record.rewrite_lines(
-        log,
-        [
-            line
-            for line in lines
-            if line.get("seed") != seed
-            or (line["event"] == "epoch" and line["epoch"] <= epochs)
-        ],
-    )
+    lines = [
+        line
+        for line in record.read_lines(log)
+        if line.get("seed") != seed
+        or (line["event"] == "epoch" and line["epoch"] <= epochs)
+    ]
+    logged = sum(line.get("seed") == seed for line in lines)
+    if logged != epochs:
+        raise ValueError(
+            f"{log} has {logged} epochs of seed {seed}, its checkpoint {epochs}: "
+            "was it changed? Choose another --name, or pass --overwrite"
+        )
+    record.rewrite_lines(log, lines)
 
 
-def stop(config, cycle, folder, seed, step, loss):
-    line = {"event": "diverged", "seed": int(seed), "step": step, "loss": float(loss)}
-    record.append_line(folder / "metrics.jsonl", line)
-    draw(config, cycle, folder)
+def stop(config, cycle, folder, seed, step, loss, test_loss):
+    """Ends a run that diverges, with what there is of it."""
+    line = {"event": "diverged", "seed": seed, "step": step}
+    record.append_line(folder / "metrics.jsonl", line | {"loss": loss})
+    if any(ended(folder, seed) for seed in seeds_of(config)):
+        report(config, cycle, folder)
+    else:
+        draw(config, cycle, folder)
+    good = len(lines_of(folder, "epoch", seed))
     raise FloatingPointError(
         f"seed {seed} diverged at step {step}, where the learning rate was "
-        f"{cycle.at(step)['learning_rate']:.3g}: loss {loss:.3g}. The last good "
-        f"checkpoint is kept in {folder / 'checkpoints' / str(seed)}"
+        f"{cycle.at(step)['learning_rate']:.3g}: loss {loss:.3g}, test loss after the "
+        f"epoch {test_loss:.3g}. "
+        + (
+            f"The checkpoint of epoch {good} is kept in "
+            f"{folder / 'checkpoints' / str(seed)}"
+            if good
+            else "No epoch was finished"
+        )
     )
 
 
@@ -514,13 +591,13 @@ def print_progress(config: Config, cycle: Phases, line: dict, seconds_left: floa
     )
 
 
-def event_writer(config: Config, folder: Path, step) -> Any:
+def event_writer(config: Config, folder: Path, step: int) -> Any:
     """For TensorBoard, going on after this step; None if it is not wanted."""
     if not config.tensorboard:
         return None
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=int(step) + 1)
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def draw(config: Config, cycle: Phases, folder: Path) -> None:
@@ -530,15 +607,10 @@ def draw(config: Config, cycle: Phases, folder: Path) -> None:
 
 def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
     """Writes results.json and curves.png from the log, and prints the final line."""
-    lines = record.read_lines(folder / "metrics.jsonl")
-    starts = [line for line in lines if line["event"] == "start"]
-    runs = [line for line in lines if line["event"] == "end"]
+    starts = lines_of(folder, "start")
+    runs = [end for seed in seeds_of(config) for end in lines_of(folder, "end", seed)]
     for run in runs:
-        epochs = [
-            line
-            for line in lines
-            if line["event"] == "epoch" and line["seed"] == run["seed"]
-        ]
+        epochs = lines_of(folder, "epoch", run["seed"])
         run["train_seconds"] = sum(line["seconds"] for line in epochs)
         run["plain_accuracy"] = epochs[-1]["accuracy"]
     accuracies = [run["accuracy"] for run in runs]
@@ -549,7 +621,8 @@ def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
     changed = {
         key: value
         for key, value in vars(config).items()
-        if key not in (*FREE, "train_size", "seed") and value != getattr(recipe, key)
+        if key not in (*FREE, "train_size", "seed", "dtype")
+        and value != getattr(recipe, key)
     }
     if config.train_size != data.CIFAR10_SIZES["train"]:
         changed["train_size"] = config.train_size
@@ -562,7 +635,8 @@ def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
         "compile_seconds": [start["compile_seconds"] for start in starts],
         "article": ARTICLE[config.recipe],
         "runs": runs,
-        "devices": starts[-1]["devices"],
+        "dtype": config.dtype,
+        "devices": " and ".join(sorted({start["devices"] for start in starts})),
     }
     record.write_json(folder / "results.json", results)
     draw(config, cycle, folder)

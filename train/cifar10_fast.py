@@ -390,7 +390,7 @@ def main(config: Config) -> Path:
     environment = record.environment()
     free = ("data_dir", "seeds", "first_seed", "target", "out", "name", "overwrite")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = record.open_folder(config, f"cifar10-fast-{now}", free)
+    folder = record.open_folder(config, "cifar10_fast", f"cifar10-fast-{now}", free)
     before = json.loads((folder / "config.json").read_text())["devices"]
     if before != environment["devices"]:
         raise ValueError(

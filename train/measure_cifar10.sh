@@ -7,24 +7,25 @@
 # it was, since every part of it does. A part that is finished is not repeated. Logs are
 # beside the results. PYTHON=... chooses the interpreter, SEEDS=1 a quicker look.
 set -uo pipefail
-data=${1:?the folder with CIFAR-10}
-out=${2:?the folder for the results}
+data=$(realpath "${1:?the folder with CIFAR-10}")
+mkdir -p "${2:?the folder for the results}"
+out=$(realpath "$2")
 cd "$(dirname "$0")/.."
-mkdir -p "$out"
+trap 'kill 0' TERM INT # also what is running
 python=${PYTHON:-python}
 failed=0
 
 part() { # part NAME MODULE [OPTIONS]
   local name=$1 module=$2
   shift 2
-  if [ -e "$out/$name.done" ]; then
+  if [ "$(cat "$out/$name.done" 2>/dev/null)" = "$*" ]; then
     echo "$name: done already"
     return
   fi
   echo "== $name: python -m train.$module $*"
   if PYTHONUNBUFFERED=1 "$python" -m "train.$module" "$@" --out "$out" --name "$name" \
     2>&1 | tee -a "$out/$name.log"; then
-    touch "$out/$name.done"
+    echo "$*" >"$out/$name.done"
   else
     failed=1 # the others are worth having all the same
   fi

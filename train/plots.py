@@ -163,8 +163,9 @@ def training(lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path) -
     phase.set_ylabel("learning rate")
     phase.set_xlabel("epoch")
     momentum = phase.twinx()
-    momentum.plot(x, cycle.schedule("b1")(steps), color="gray", ls="--")
-    momentum.set_ylabel("b1 (dashed)", color="gray")
+    if "b1" in cycle.at(0):
+        momentum.plot(x, cycle.schedule("b1")(steps), color="gray", ls="--")
+        momentum.set_ylabel("b1 (dashed)", color="gray")
     for ax in (loss, accuracy, phase, momentum):
         ax.spines["top"].set_visible(False)
     figure.savefig(path)

@@ -1,5 +1,6 @@
 """The folder of a run, and the circumstances that are written there."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -7,11 +8,17 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl: Any = None
 
 
 def new_folder(config: Any, prefix: str) -> Path:
@@ -24,39 +31,82 @@ def new_folder(config: Any, prefix: str) -> Path:
     return folder
 
 
-def open_folder(config: Any, name: str, free: tuple[str, ...]) -> Path:
+def open_folder(
+    config: Any, script: str, name: str, free: tuple[str, ...], **more: Any
+) -> Path:
     """Makes the folder of a run, or opens it to go on with a run of the same settings.
 
     Args:
         config: with out, name and overwrite; written to config.json.
+        script: whose run it is; that of another is never touched.
         name: of the folder, where the configuration has none.
         free: the settings that may be others than before.
+        **more: what must be the same beside the settings.
 
     Raises:
-        ValueError: there is something else in the folder, or a run with other settings.
+        ValueError: there is something else in the folder, or a run with other settings,
+            or another process.
     """
-    folder = config.out / (config.name or name)
+    name = config.name or name
+    if Path(name).name != name or name == "..":
+        raise ValueError(f"name must be that of a folder, got {name!r}")
+    folder = config.out / name
     path = folder / "config.json"
-    if path.exists() and config.overwrite:
-        shutil.rmtree(folder)
-    if not path.exists():
-        if folder.exists() and any(p.suffix != ".tmp" for p in folder.iterdir()):
-            raise ValueError(f"name: {folder} exists and is not the folder of a run")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, vars(config) | environment())
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(vars(config), default=str))
+    before = _read_config(path)
+    if folder.exists() and before.get("script") != script:
+        if not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir()):
+            raise ValueError(
+                f"name: {folder} exists and is not the folder of a run of "
+                f"train.{script}. Choose another --name"
+            )
+    settings = {"script": script} | vars(config) | more
+    settings = json.loads(json.dumps(settings, default=str))
+    if before and config.overwrite:
+        with alone(folder):
+            old = folder.with_name(f".{name}.removed")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)  # at once: a half of it would not be a run
+            shutil.rmtree(old)
+        before = {}
     others = [
         f"{key} = {before.get(key)!r}, now {value!r}"
-        for key, value in now.items()
-        if key not in free and value != before.get(key)
+        for key, value in settings.items()
+        if before and key not in free and value != before.get(key)
     ]
     if others:
         raise ValueError(
             f"name: {folder} has a run with {'; '.join(others)}. Choose another "
             "--name, or pass --overwrite to remove it"
         )
+    if not before:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings | environment())
     return folder
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Empty if there is none, or something else under that name."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuses a second process in the folder; a killed one does not count."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"name: another process is at work in {folder}") from error
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -73,8 +123,8 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
     Of a line in which the process was killed, what there is goes.
     """
     before = path.read_bytes() if path.exists() else b""
-    if not before.endswith(b"\n"):
-        path.write_bytes(before[: before.rfind(b"\n") + 1])
+    if before and not before.endswith(b"\n"):
+        os.truncate(path, before.rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(content, default=str) + "\n")
         file.flush()
