@@ -1,10 +1,13 @@
 """The README's Python runs as it stands."""
 
+import json
 import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import optax
+
+from train import tabulate
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,6 +21,15 @@ def test_tables_are_those_of_the_results():
         assert len(table) == 7 and "".join(table) in text
         finding = re.findall(r"\*\*(.*)\*\*", results)[-1]
         assert finding in " ".join(text.split())
+
+
+def test_the_tables_of_cifar10():
+    text = README.read_text("utf-8")
+    results = README.parent / "results" / "cifar10"
+    assert tabulate.table(results / "cpu") in text
+    assert (results / "bench-cpu" / "bench.md").read_text("utf-8").strip() in text
+    found = json.loads((results / "lr-find-cpu" / "lr_find.json").read_text("utf-8"))
+    assert f"Suggested learning rate: {found['suggestion']:.2g}" in text
 
 
 def test_code_blocks(lenient):

@@ -12,7 +12,8 @@ XLA_FLAGS=--xla_gpu_deterministic_ops=true, which is slower.)
 
 The images stay on the device. An epoch is one program: shuffling, crops and flips, and
 all its steps, the last of which has the 80 images that are left over. Batches are split
-over all devices; batch norm takes its statistics over the whole batch.
+over all devices; batch norm takes its statistics over the whole batch. Seconds of
+training are those of the epochs, without evaluation and checkpoints.
 
 Where this is not the article's code: the running variance of batch norm is the biased
 one (PyTorch's is n / (n - 1) times that), beta1's bias correction is exact (PyTorch's
