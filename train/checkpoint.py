@@ -1,5 +1,6 @@
 """Checkpoints through Orbax: written in the background, complete or not there."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,21 @@ def restore(checkpoints: ocp.training.Checkpointer, like: Any) -> Any:
     """
     if checkpoints.latest is None:
         return None
-    try:
-        return checkpoints.load(None, jax.tree.map(_abstract, like))
-    except Exception as error:
+    # Asked beforehand: a restoration that fails leaves threads behind.
+    there = _sizes(checkpoints.metadata(checkpoints.latest).metadata)
+    wanted = _sizes(like)
+    if there != wanted:
         raise ValueError(
             f"{checkpoints.directory}: the checkpoint of step "
-            f"{checkpoints.latest.step} does not fit this run: {error}"
-        ) from error
+            f"{checkpoints.latest.step} does not fit this run: it has arrays of "
+            f"{', '.join(there - wanted) or 'no other sizes'}, where this run has "
+            f"{', '.join(wanted - there) or 'none'}"
+        )
+    return checkpoints.load(None, jax.tree.map(_abstract, like))
+
+
+def _sizes(tree) -> Counter[str]:
+    return Counter(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree))
 
 
 def _abstract(x):
