@@ -1,7 +1,13 @@
 """A harsher environment than the users': no silent promotion of ranks or dtypes."""
 
+import hashlib
+import pickle
+
 import jax
+import numpy as np
 import pytest
+
+from train import data
 
 # Two devices for the sharding tests; must precede the first computation.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -30,3 +36,18 @@ def lenient():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def cifar_dir(tmp_path, monkeypatch):
+    """Sixty images a batch in the official format, brighter the higher the label."""
+    folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+    for name in [name for name in data.CIFAR10_MD5 if not name.endswith(".bin")]:
+        labels = rng.integers(0, 10, 60)
+        pixels = rng.integers(0, 56, (60, 3072)) + 20 * labels[:, None]
+        batch = {b"data": pixels.astype(np.uint8), b"labels": labels.tolist()}
+        raw = pickle.dumps(batch, protocol=2)
+        (folder / name).write_bytes(raw)
+        monkeypatch.setitem(data.CIFAR10_MD5, name, hashlib.md5(raw).hexdigest())
+    return tmp_path

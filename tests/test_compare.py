@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
-import pickle
 import subprocess
 import sys
 
@@ -183,21 +181,6 @@ def test_side_by_side_as_one_by_one(adamw_only):
     )
     np.testing.assert_allclose(one[..., 1], other[..., 1], rtol=1e-5)
     np.testing.assert_allclose(one[..., 0], other[..., 0], atol=2.1)  # of 50 images
-
-
-@pytest.fixture
-def cifar_dir(tmp_path, monkeypatch):
-    """Sixty random images a batch in the official format."""
-    folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
-    folder.mkdir()
-    for name in [name for name in data.CIFAR10_MD5 if not name.endswith(".bin")]:
-        labels = rng.integers(0, 10, 60)
-        pixels = rng.integers(0, 56, (60, 3072)) + 20 * labels[:, None]
-        batch = {b"data": pixels.astype(np.uint8), b"labels": labels.tolist()}
-        raw = pickle.dumps(batch, protocol=2)
-        (folder / name).write_bytes(raw)
-        monkeypatch.setitem(data.CIFAR10_MD5, name, hashlib.md5(raw).hexdigest())
-    return tmp_path
 
 
 TINY_CIFAR = dataclasses.replace(TINY, dataset="cifar10", width=4, tune_seeds=1)

@@ -1,10 +1,8 @@
 """The learning-rate finder against loops, on networks with state, and as a command."""
 
-import hashlib
 import itertools
 import json
 import math
-import pickle
 import runpy
 import sys
 
@@ -16,7 +14,7 @@ import pytest
 from flax import nnx
 
 from adamw_jax import current_hyperparams
-from train import data, lr_find
+from train import lr_find
 
 STEPS = 80
 RNG = np.random.default_rng(0)
@@ -269,21 +267,6 @@ def test_the_picture():
 # ---------------------------------------------------------------------------
 # the command
 # ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cifar_dir(tmp_path, monkeypatch):
-    """Sixty images a batch in the official format, brighter the higher the label."""
-    folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
-    folder.mkdir()
-    for name in data.CIFAR10_MD5:
-        labels = rng.integers(0, 10, 60)
-        pixels = rng.integers(0, 56, (60, 3072)) + 20 * labels[:, None]
-        batch = {b"data": pixels.astype(np.uint8), b"labels": labels.tolist()}
-        raw = pickle.dumps(batch, protocol=2)
-        (folder / name).write_bytes(raw)
-        monkeypatch.setitem(data.CIFAR10_MD5, name, hashlib.md5(raw).hexdigest())
-    return tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

@@ -43,6 +43,18 @@ def test_what_is_done_is_not_repeated_and_what_failed_is(measure, tmp_path):
     assert measure() == (0, [[]])
 
 
+def test_it_can_be_stopped(tmp_path):
+    """With what is running, at once, without going on to the next part."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/notes\nexec sleep 60\n')
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python)}
+    command = ["timeout", "1", SCRIPT, "DIR", tmp_path / "out"]
+    done = subprocess.run(command, env=env, check=False, timeout=30)
+    assert done.returncode == 124
+    assert len((tmp_path / "notes").read_text().splitlines()) == 1
+
+
 def test_the_commands_are_understood(measure):
     """By each script's own parser; with the seeds that were asked for."""
     _, commands = measure()

@@ -399,7 +399,6 @@ def main(config: Config) -> Path:
         )
     log = folder / "metrics.jsonl"
     runs = record.read_lines(log)
-    record.rewrite_lines(log, runs)  # without a last line that was cut off
     wanted = range(config.first_seed, config.first_seed + config.seeds)
     seeds = [seed for seed in wanted if seed not in {run["seed"] for run in runs}]
     if not seeds:

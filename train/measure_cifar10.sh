@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about CIFAR-10 that is measured on a GPU, for the table in the README.
 #
-#     train/measure_cifar10.sh DATA_DIR results/cifar10
+#     train/measure_cifar10.sh DATA_DIR results/cifar10/gpu
 #
 # Stop it whenever you like, or let `timeout 570` do so: the same command goes on where
 # it was, since every part of it does. A part that is finished is not repeated. Logs are
@@ -11,7 +11,7 @@ data=$(realpath "${1:?the folder with CIFAR-10}")
 mkdir -p "${2:?the folder for the results}"
 out=$(realpath "$2")
 cd "$(dirname "$0")/.."
-trap 'kill 0' TERM INT # also what is running
+trap 'trap - TERM INT; kill 0' TERM INT # also what is running
 python=${PYTHON:-python}
 failed=0
 
