@@ -156,29 +156,30 @@ def in_pytorch(config: Config, compiled: bool, x, y) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     bfloat16 = devices.compute_dtype(config.dtype) == jnp.bfloat16
     mean, std = (
-        torch.tensor(255 * values, device=device)[:, None, None]
+        torch.tensor(255 * values, device=device)
         for values in (batches.CIFAR10_MEAN, batches.CIFAR10_STD)
     )
-    images = torch.tensor(batches.padded(x), device=device).permute(0, 3, 1, 2)
+    images = torch.tensor(batches.padded(x), device=device)
     labels = torch.tensor(y, device=device).long()
 
-    def loss_of(images, labels, crops):
-        batch = torch_wide_resnet.crop_and_flip(images, crops)
-        batch = (batch - mean) / std
+    crops = torch.randint(0, 8, (len(images), 3), device=device)
+    crops[:, 2] %= 2
+
+    def loss_of(index):
+        batch = torch_wide_resnet.crop_and_flip(images, index, crops[index])
+        batch = ((batch - mean) / std).permute(0, 3, 1, 2)  # in memory channels last
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            return torch.nn.functional.cross_entropy(net(batch), labels)
+            return torch.nn.functional.cross_entropy(net(batch), labels[index])
 
     if compiled:
         loss_of = torch.compile(loss_of)
-    crops = torch.randint(0, 8, (len(images), 3), device=device)
-    crops[:, 2] %= 2
 
     def turn():
         order = torch.randperm(len(images), device=device)
         for step in range(config.steps):
             index = order[step * config.batch_size :][: config.batch_size]
             optimizer.zero_grad()
-            loss_of(images[index], labels[index], crops[index]).backward()
+            loss_of(index).backward()
             optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()

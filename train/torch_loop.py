@@ -54,6 +54,8 @@ def _train(
     import torch
     from torch.nn import functional as F
 
+    from train.torch_wide_resnet import crop_and_flip
+
     net = _network(member["params"])
     optimizer = _optimizer(name, net.parameters(), float(member["decay"]), fused)
     (group,) = optimizer.param_groups
@@ -61,7 +63,6 @@ def _train(
     order = torch.from_numpy(member["order"]).long()
     crops = "crops" in member and torch.from_numpy(member["crops"]).long()
     values = [cycle.at(step) for step in range(len(order))]
-    pixels = torch.arange(32)
 
     seconds, begin = 0.0, time.perf_counter()
     for step, index in enumerate(order):
@@ -73,9 +74,7 @@ def _train(
         if crops is False:
             batch = x[index]
         else:
-            row, column, flip = crops[step].T[..., None]
-            columns = torch.where(flip == 1, 31 - pixels, pixels) + column
-            batch = x[index[:, None, None], (row + pixels)[..., None], columns[:, None]]
+            batch = crop_and_flip(x, index, crops[step])
         optimizer.zero_grad()
         F.cross_entropy(net(batch), y[index]).backward()
         optimizer.step()

@@ -44,11 +44,9 @@ class WideResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def crop_and_flip(x: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
-    """A batch of padded NCHW images; crops as those of `train.batches`."""
+def crop_and_flip(x: torch.Tensor, index: torch.Tensor, crops: torch.Tensor):
+    """Some of the padded NHWC images, by one gather; crops as in `train.batches`."""
     row, column, flip = crops.long().T[..., None]
     pixels = torch.arange(32, device=x.device)
     columns = torch.where(flip == 1, 31 - pixels, pixels) + column
-    batch = torch.arange(len(x), device=x.device)[:, None, None]
-    x = x.permute(0, 2, 3, 1)[batch, (row + pixels)[..., None], columns[:, None]]
-    return x.permute(0, 3, 1, 2)  # the memory stays channels last
+    return x[index[:, None, None], (row + pixels)[..., None], columns[:, None]]
