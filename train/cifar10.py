@@ -26,7 +26,6 @@ import datetime
 import functools
 import hashlib
 import importlib.util
-import inspect
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,9 +38,9 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import adamw_jax
 from adamw_jax import Phases, apply_updates, one_cycle
 from train import batches, checkpoint, data, devices, plots, record, tta
+from train.optimizer import OURS, check_optimizer, optimizer_of
 from train.wide_resnet import WideResNet
 
 # ---------------------------------------------------------------------------
@@ -120,7 +119,6 @@ ARTICLE = {  # test accuracy in %, and where it is said
     "sgd-30": "94.18 (the author's notebook)",
 }
 TTA_PASSES = 4  # augmented ones, beside the plain one
-OURS = ("adam", "adamw", "amsgrad", "sgd")  # the last has no b2
 # What may change from a run to its continuation.
 FREE = ("data_dir", "seeds", "tensorboard", "out", "name", "overwrite")
 
@@ -206,37 +204,6 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
     return Phases(rate_alone, steps_per_epoch)
 
 
-def optimizer_of(config: Config, cycle: Phases) -> optax.GradientTransformation:
-    """Ours are driven by all of the cycle, others by its learning rate."""
-    if config.optimizer in OURS:
-        factory, rate = getattr(adamw_jax, config.optimizer), cycle
-    else:
-        module, _, attribute = config.optimizer.rpartition(".")
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"optimizer: cannot import {config.optimizer!r}: {error}"
-            ) from error
-        rate = cycle.schedule("learning_rate")
-    known, args = inspect.signature(factory).parameters, dict(config.optimizer_args)
-    for decay in ("weight_decay", "l2"):  # also 0, which need not be the default
-        value = getattr(config, decay)
-        if decay in known and decay not in args:
-            args[decay] = value
-        elif value and decay not in args:
-            raise ValueError(
-                f"{decay} must be 0 with {config.optimizer}, which has no such "
-                f"argument, got {value}"
-            )
-    try:
-        return factory(rate, **args)
-    except TypeError as error:
-        raise ValueError(
-            f"optimizer_args: {config.optimizer} does not take {args}: {error}"
-        ) from error
-
-
 # ---------------------------------------------------------------------------
 # step, epoch, evaluation
 # ---------------------------------------------------------------------------
@@ -284,14 +251,7 @@ def build(config: Config, mesh: Mesh, train_size: int) -> Programs:
         for mode in (False, True)
     )
 
-    params = nnx.state(net, nnx.Param)
-    try:
-        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"optimizer: {config.optimizer} is not a transformation of gradients that "
-            f"needs nothing but them and the parameters: {error}"
-        ) from error
+    check_optimizer(config, tx, nnx.state(net, nnx.Param))
 
     def initial_state(seed):
         _, params, stats = nnx.split(network(config, seed), nnx.Param, nnx.BatchStat)
@@ -431,7 +391,7 @@ def main(config: Config) -> dict[str, Any]:
     name = f"cifar10-{config.recipe}"
     folder = record.open_folder(config, "cifar10", name, FREE, labels=labels)
     with record.alone(folder):
-        waiting = [seed for seed in seeds_of(config) if not ended(folder, seed)]
+        waiting = [seed for seed in seeds_of(config) if not record.ended(folder, seed)]
         if waiting:
             train_seeds(config, programs, mesh, waiting, train, test, folder)
         else:
@@ -441,16 +401,6 @@ def main(config: Config) -> dict[str, Any]:
 
 def seeds_of(config: Config) -> range:
     return range(config.seed, config.seed + config.seeds)
-
-
-def lines_of(folder: Path, event: str, seed: int | None = None) -> list[dict[str, Any]]:
-    """Of the log; of one seed, or those that are of none."""
-    lines = record.read_lines(folder / "metrics.jsonl")
-    return [x for x in lines if x["event"] == event and x.get("seed") == seed]
-
-
-def ended(folder: Path, seed: int) -> bool:
-    return bool(lines_of(folder, "end", seed))
 
 
 def train_seeds(config, programs, mesh, seeds, train, test, folder):
@@ -465,7 +415,7 @@ def train_seeds(config, programs, mesh, seeds, train, test, folder):
     program = compiled(programs, everywhere, x, y, test_x, config.tta)
     start = {"event": "start", "compile_seconds": time.perf_counter() - began}
     start |= record.environment()
-    if earlier := lines_of(folder, "start"):
+    if earlier := record.lines_of(folder, "start"):
         keys = ("devices", "versions", "xla_flags")
         others = [key for key in keys if start[key] != earlier[-1][key]]
         if others:
@@ -487,9 +437,9 @@ def train_seeds(config, programs, mesh, seeds, train, test, folder):
             if state is None:
                 state = program.initial_state(number)
             first = int(state.step) // steps
-            forget(log, seed, first)
-            events = event_writer(
-                config, folder / "tensorboard" / str(seed), first * steps
+            record.forget(log, seed, first * steps, first)
+            events = config.tensorboard and record.event_writer(
+                folder / "tensorboard" / str(seed), first * steps
             )
             for epoch in range(first, config.epochs):
                 began = time.perf_counter()
@@ -536,32 +486,15 @@ def train_seeds(config, programs, mesh, seeds, train, test, folder):
         draw(config, cycle, folder)
 
 
-def forget(log: Path, seed: int, epochs: int) -> None:
-    """Takes from the log what a killed run did after its last checkpoint."""
-    lines = [
-        line
-        for line in record.read_lines(log)
-        if line.get("seed") != seed
-        or (line["event"] == "epoch" and line["epoch"] <= epochs)
-    ]
-    logged = sum(line.get("seed") == seed for line in lines)
-    if logged != epochs:
-        raise ValueError(
-            f"{log} has {logged} epochs of seed {seed}, its checkpoint {epochs}: "
-            "was it changed? Choose another --name, or pass --overwrite"
-        )
-    record.rewrite_lines(log, lines)
-
-
 def stop(config, cycle, folder, seed, step, loss, test_loss):
     """Ends a run that diverges, with what there is of it."""
     line = {"event": "diverged", "seed": seed, "step": step}
     record.append_line(folder / "metrics.jsonl", line | {"loss": loss})
-    if any(ended(folder, seed) for seed in seeds_of(config)):
+    if any(record.ended(folder, seed) for seed in seeds_of(config)):
         report(config, cycle, folder)
     else:
         draw(config, cycle, folder)
-    good = len(lines_of(folder, "epoch", seed))
+    good = len(record.lines_of(folder, "epoch", seed))
     raise FloatingPointError(
         f"seed {seed} diverged at step {step}, where the learning rate was "
         f"{cycle.at(step)['learning_rate']:.3g}: loss {loss:.3g}, test loss after the "
@@ -592,15 +525,6 @@ def print_progress(config: Config, cycle: Phases, line: dict, seconds_left: floa
     )
 
 
-def event_writer(config: Config, folder: Path, step: int) -> Any:
-    """For TensorBoard, going on after this step; None if it is not wanted."""
-    if not config.tensorboard:
-        return None
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
 def draw(config: Config, cycle: Phases, folder: Path) -> None:
     lines = record.read_lines(folder / "metrics.jsonl")
     plots.training(lines, cycle, config.epochs, folder / "curves.png")
@@ -608,10 +532,12 @@ def draw(config: Config, cycle: Phases, folder: Path) -> None:
 
 def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
     """Writes results.json and curves.png from the log, and prints the final line."""
-    starts = lines_of(folder, "start")
-    runs = [end for seed in seeds_of(config) for end in lines_of(folder, "end", seed)]
+    starts = record.lines_of(folder, "start")
+    runs = [
+        end for seed in seeds_of(config) for end in record.lines_of(folder, "end", seed)
+    ]
     for run in runs:
-        epochs = lines_of(folder, "epoch", run["seed"])
+        epochs = record.lines_of(folder, "epoch", run["seed"])
         run["train_seconds"] = sum(line["seconds"] for line in epochs)
         run["plain_accuracy"] = epochs[-1]["accuracy"]
     accuracies = [run["accuracy"] for run in runs]

@@ -145,6 +145,50 @@ def rewrite_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     draft.replace(path)
 
 
+def lines_of(folder: Path, event: str, seed: int | None = None) -> list[dict[str, Any]]:
+    """Of a run's metrics.jsonl; of one seed, or those that are of none."""
+    lines = read_lines(folder / "metrics.jsonl")
+    return [x for x in lines if x["event"] == event and x.get("seed") == seed]
+
+
+def ended(folder: Path, seed: int) -> bool:
+    return bool(lines_of(folder, "end", seed))
+
+
+def forget(log: Path, seed: int, step: int, epochs: int) -> None:
+    """Takes from a log what a killed run did after its last checkpoint.
+
+    Args:
+        log: of lines with event, seed and step.
+        seed: of the run.
+        step: of the checkpoint; 0: there is none.
+        epochs: that were finished then.
+
+    Raises:
+        ValueError: the log has not so many epochs.
+    """
+    lines = [
+        line
+        for line in read_lines(log)
+        if line.get("seed") != seed
+        or (line["event"] == "epoch" and line["step"] <= step)
+    ]
+    logged = sum(line.get("seed") == seed for line in lines)
+    if logged != epochs:
+        raise ValueError(
+            f"{log} has {logged} epochs of seed {seed}, its checkpoint {epochs}: "
+            "was it changed? Choose another --name, or pass --overwrite"
+        )
+    rewrite_lines(log, lines)
+
+
+def event_writer(folder: Path, step: int) -> Any:
+    """For TensorBoard, going on after this step."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
 def environment() -> dict[str, Any]:
     """What a result depends on beside its configuration."""
     versions = {"python": platform.python_version()}

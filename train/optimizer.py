@@ -1,0 +1,55 @@
+"""The optimizer that a configuration names."""
+
+import importlib
+import inspect
+from typing import Any
+
+import jax
+import optax
+
+import adamw_jax
+from adamw_jax import Phases
+
+OURS = ("adam", "adamw", "amsgrad", "sgd")  # the last has no b2
+
+
+def optimizer_of(config: Any, cycle: Phases) -> optax.GradientTransformation:
+    """Ours are driven by all of the cycle, others by its learning rate."""
+    if config.optimizer in OURS:
+        factory, rate = getattr(adamw_jax, config.optimizer), cycle
+    else:
+        module, _, attribute = config.optimizer.rpartition(".")
+        try:
+            factory = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"optimizer: cannot import {config.optimizer!r}: {error}"
+            ) from error
+        rate = cycle.schedule("learning_rate")
+    known, args = inspect.signature(factory).parameters, dict(config.optimizer_args)
+    for decay in ("weight_decay", "l2"):  # also 0, which need not be the default
+        value = getattr(config, decay)
+        if decay in known and decay not in args:
+            args[decay] = value
+        elif value and decay not in args:
+            raise ValueError(
+                f"{decay} must be 0 with {config.optimizer}, which has no such "
+                f"argument, got {value}"
+            )
+    try:
+        return factory(rate, **args)
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer_args: {config.optimizer} does not take {args}: {error}"
+        ) from error
+
+
+def check_optimizer(config: Any, tx: optax.GradientTransformation, params: Any) -> None:
+    """Raises a ValueError where the optimizer wants more than a gradient."""
+    try:
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"optimizer: {config.optimizer} is not a transformation of gradients that "
+            f"needs nothing but them and the parameters: {error}"
+        ) from error
