@@ -150,14 +150,14 @@ def in_pieces(states, targets, cuts, window, size=None):
 
 
 @settings(deadline=None)
-@example([0, 7, 8, 20], None)
-@example([0, 7, 8, 20], 23)
-@given(st.lists(st.integers(0, 20), max_size=8), st.sampled_from([None, 23]))
+@example([0, 5, 6, 14], None)
+@example([0, 5, 6, 14], 17)
+@given(st.lists(st.integers(0, 14), max_size=6), st.sampled_from([None, 17]))
 def test_pieces_of_any_size_make_the_whole(cuts, size):
     with jax.enable_x64(True):
-        states, targets, _ = text(20, width=3, words=5)
-        whole, last = log_probs(empty(7, 3, float), states, targets, 0.7)
-        logs, history = in_pieces(states, targets, cuts, 7, size)
+        states, targets, _ = text(14, width=3, words=4)
+        whole, last = log_probs(empty(5, 3, float), states, targets, 0.7)
+        logs, history = in_pieces(states, targets, cuts, 5, size)
         close(logs, whole)
         jax.tree.map(np.testing.assert_array_equal, history, last)
 

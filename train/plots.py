@@ -157,17 +157,64 @@ def training(lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path) -
     loss.legend(frameon=False)
     accuracy.set_ylabel("test accuracy, %")
 
+    momentum = _phases(phase, cycle, epochs)
+    for ax in (loss, accuracy, phase, momentum):
+        ax.spines["top"].set_visible(False)
+    figure.savefig(path)
+
+
+def _phases(ax, cycle: Any, epochs: int):
+    """Learning rate and, on a second axis that is returned, b1."""
     steps = np.arange(cycle.total_steps)
     x = steps * epochs / cycle.total_steps
-    phase.plot(x, cycle.schedule("learning_rate")(steps), color="black")
-    phase.set_ylabel("learning rate")
-    phase.set_xlabel("epoch")
-    momentum = phase.twinx()
+    ax.plot(x, cycle.schedule("learning_rate")(steps), color="black")
+    ax.set_ylabel("learning rate")
+    ax.set_xlabel("epoch")
+    momentum = ax.twinx()
     if "b1" in cycle.at(0):
         momentum.plot(x, cycle.schedule("b1")(steps), color="gray", ls="--")
         momentum.set_ylabel("b1 (dashed)", color="gray")
-    for ax in (loss, accuracy, phase, momentum):
-        ax.spines["top"].set_visible(False)
+    return momentum
+
+
+def language_model(lines: list[dict], cycle: Any, epochs: int, path: Path) -> None:
+    """Perplexity of the runs in a log of `train.language_model`; the phases beneath."""
+    figure = Figure(figsize=(9, 7), layout="constrained", dpi=120)
+    ax, phase = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
+    seeds = sorted({line["seed"] for line in lines if line["event"] == "epoch"})
+    for seed in seeds:
+        run = [x for x in lines if x["event"] == "epoch" and x["seed"] == seed]
+        epoch = [line["epoch"] for line in run]
+        for key, name, label in (
+            ("loss", "adamw", "training, with dropout"),
+            ("valid_loss", "adam-l2", "validation"),
+        ):
+            ax.plot(
+                epoch,
+                np.exp([line[key] for line in run]),
+                "o-",
+                ms=3,
+                lw=1.5,
+                alpha=max(0.3, 1 / len(seeds)),
+                color=COLOURS[name],
+                label=label if seed == seeds[0] else None,
+            )
+    for line in lines:
+        if line["event"] == "diverged":
+            at = line["step"] * epochs / cycle.total_steps
+            ax.axvline(at, color="black", ls=":", label="diverged")
+    ends = [line for line in lines if line["event"] == "end"]
+    for key, marker in (("perplexity", "D"), ("with_cache", "*")):
+        values = [line["test"][key] for line in ends]
+        if values:
+            label = f"test{', with cache' * (marker == '*')}: {np.mean(values):.1f}"
+            at = [epochs] * len(values)
+            ax.plot(at, values, marker, color="black", label=label, ls="")
+    ax.set_yscale("log")
+    ax.set_ylabel("perplexity")
+    ax.legend(frameon=False)
+    for each in (ax, phase, _phases(phase, cycle, epochs)):
+        each.spines["top"].set_visible(False)
     figure.savefig(path)
 
 

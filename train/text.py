@@ -277,4 +277,5 @@ def chunks(
 
 def _lengths(rng, bptt: int, n: int) -> np.ndarray:
     centres = np.where(rng.random(n) < 0.95, bptt, bptt / 2)
-    return np.maximum(SHORTEST, rng.normal(centres, SPREAD).astype(np.int64))
+    lengths = rng.normal(centres, SPREAD).astype(np.int64)
+    return np.clip(lengths, SHORTEST, bptt + FIRST_EXTRA)  # no program for a longer one
