@@ -117,19 +117,18 @@ class QRNN(nnx.Module):
         self.bias = uniform(rngs, bound, 3 * width)
 
     def initial_state(self, batch_size: int):
-        dtype = self.kernel.dtype
-        c = jnp.zeros((batch_size, self.width), dtype)
-        return c, jnp.zeros((batch_size, self.inputs * (self.window - 1)), dtype)
+        dtype, widths = self.kernel.dtype, [self.width, self.inputs][: self.window]
+        return tuple(jnp.zeros((batch_size, width), dtype) for width in widths)
 
     def __call__(self, x, state, weights, last):
-        c, x_before = state
-        new_state: Any = x[last][:, : self.inputs * (self.window - 1)]
-        if self.window == 2:
-            x = jnp.concatenate([x, jnp.concatenate([x_before[None], x[:-1]])], -1)
+        c, *x_before = state
+        new_state = (x[last],)[: self.window - 1]
+        if x_before:
+            x = jnp.concatenate([x, jnp.concatenate([x_before[0][None], x[:-1]])], -1)
         gates = product(x, self.kernel * weights, self.dtype) + self.bias[...]
         z, f, o = jnp.split(gates, 3, axis=-1)
         cs = forget_mult(jnp.tanh(z), jax.nn.sigmoid(f), c)
-        return jax.nn.sigmoid(o) * cs, (cs[last], new_state)
+        return jax.nn.sigmoid(o) * cs, (cs[last], *new_state)
 
 
 # ---------------------------------------------------------------------------

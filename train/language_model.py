@@ -762,14 +762,15 @@ def report(config: Config, cycle: Phases, corpus, folder: Path) -> dict[str, Any
             for x in both
         )
 
-    other = ", ".join(f"{key} {value}" for key, value in changed.items())
+    other = "".join(f", {key} {value}" for key, value in changed.items())
+    ngrams = f"{results['valid']['n-gram']:.2f} / {results['test']['n-gram']:.2f}"
     print(
-        f"{config.model}, {config.recipe}{f' with {other}' if other else ''}: "
-        f"perplexity (validation / test, n = {len(runs)}) {show('perplexity')}, with the "
-        f"neural cache {show('with_cache')}.\nInterpolated Kneser-Ney 5-grams, on the same "
-        f"text: {results['valid']['n-gram']:.2f} / {results['test']['n-gram']:.2f}.\n"
-        f"{results['train_seconds']:.1f} s of training each on {results['devices']}, "
-        f"after {starts[-1]['compile_seconds']:.1f} s of compilation.",
+        f"{config.model}, {config.recipe}{other}: perplexity (validation / test, "
+        f"n = {len(runs)}) {show('perplexity')}, with the neural cache "
+        f"{show('with_cache')}.\nInterpolated Kneser-Ney 5-grams on the same text: "
+        f"{ngrams}.\n{results['train_seconds']:.1f} s of training each on "
+        f"{results['devices']}, after {starts[-1]['compile_seconds']:.1f} s of "
+        "compilation."
     )
     if results.get("article"):
         print(f"The article's, without and with cache: {results['article']}.")
