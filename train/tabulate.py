@@ -1,40 +1,87 @@
-"""The runs of `train.cifar10` in a folder as one table, beside the article's numbers.
+"""The runs in a folder as one table, beside the article's numbers.
 
-python -m train.tabulate results/cifar10/cpu
+python -m train.tabulate results/cifar10/cpu             # of train.cifar10
+python -m train.tabulate results/language_model/cpu      # of train.language_model
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from train import report
+from train import language_model, report
 from train.cifar10 import RECIPES
 
 
 def table(folder: Path) -> str:
     """Markdown, from each results.json in the folders in it."""
+    runs = [json.loads(path.read_text()) for path in folder.glob("*/results.json")]
+    if images := [run for run in runs if run.get("recipe") in RECIPES]:
+        return cifar10(images)
+    if texts := [run for run in runs if run.get("recipe") in language_model.RECIPES]:
+        return language_models(texts)
+    raise ValueError(
+        "folder must have runs of train.cifar10 or train.language_model in it, got "
+        f"{folder}"
+    )
+
+
+def cifar10(runs: list[dict[str, Any]]) -> str:
     head = ("recipe", "the article's, %", "measured, %", "each run", "epochs")
     rows: list[tuple[str, ...]] = [(*head, "s of training", "not as in the recipe")]
-    runs = [json.loads(path.read_text()) for path in folder.glob("*/results.json")]
-    runs = [run for run in runs if run.get("recipe") in RECIPES]
-    if not runs:
-        raise ValueError(f"folder must have runs of train.cifar10 in it, got {folder}")
     for run in sorted(runs, key=lambda run: list(RECIPES).index(run["recipe"])):
-        accuracy, changed = run["accuracy"], dict(run["changed"])
-        spread = f" ± {accuracy['std']:.2f}" if accuracy["std"] is not None else ""
+        changed = dict(run["changed"])
         epochs = changed.pop("epochs", RECIPES[run["recipe"]].epochs)
         rows.append(
             (
                 run["recipe"],
                 run["article"],
-                f"{accuracy['mean']:.2f}{spread} (n = {run['n']})",
-                " ".join(f"{value:.2f}" for value in accuracy["runs"]),
+                f"{spread(run['accuracy'])} (n = {run['n']})",
+                " ".join(f"{value:.2f}" for value in run["accuracy"]["runs"]),
                 str(epochs),
                 f"{run['train_seconds']:.0f}",
-                ", ".join(f"{key} {value}" for key, value in changed.items()) or "–",
+                listed(changed),
             )
         )
     return report.markdown(rows)
+
+
+def language_models(runs: list[dict[str, Any]]) -> str:
+    """Perplexities, validation / test."""
+    head = ("model, recipe", "published", "with cache", "measured", "with cache")
+    rows: list[tuple[str, ...]] = [
+        (*head, "n", "s of training", "not as in the recipe")
+    ]
+    order = [(m, r) for m in ("lstm", "qrnn") for r in language_model.RECIPES]
+    for run in sorted(runs, key=lambda run: order.index((run["model"], run["recipe"]))):
+        plain, cached = run.get("article") or (None, None)
+        rows.append(
+            (
+                f"{run['model']}, {run['recipe']}",
+                *(" / ".join(map(str, x)) if x else "–" for x in (plain, cached)),
+                *(
+                    " / ".join(spread(run[split][key]) for split in ("valid", "test"))
+                    for key in ("perplexity", "with_cache")
+                ),
+                str(run["n"]),
+                f"{run['train_seconds']:.0f}",
+                listed(run["changed"]),
+            )
+        )
+    ngrams = {
+        f"{run['valid']['n-gram']:.2f} / {run['test']['n-gram']:.2f}" for run in runs
+    }
+    baseline = ("Kneser-Ney 5-grams", "–", "–", " and ".join(sorted(ngrams)))
+    return report.markdown([*rows, (*baseline, "–", "–", "–", "–")])
+
+
+def spread(numbers: dict[str, Any]) -> str:
+    deviation = f" ± {numbers['std']:.2f}" if numbers["std"] is not None else ""
+    return f"{numbers['mean']:.2f}{deviation}"
+
+
+def listed(changed: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in changed.items()) or "–"
 
 
 if __name__ == "__main__":
