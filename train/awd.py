@@ -69,12 +69,35 @@ def draw_masks(key, net: "AWD", rates: Rates, batch_size: int) -> Masks:
 # ---------------------------------------------------------------------------
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x, kernel, dtype):
-    """In `dtype`, summed in that of x; None: in that of the kernel."""
+    """x @ kernel in `dtype`, gradients too, with sums in that of x.
+
+    None: that of the kernel. (Plain autodiff multiplies the float32 gradient as it is.)
+    """
     dtype = dtype or kernel.dtype
     return jnp.dot(
         x.astype(dtype), kernel.astype(dtype), preferred_element_type=x.dtype
     )
+
+
+def _product_forward(x, kernel, dtype):
+    return product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype, factors, d_product):
+    x, kernel = factors
+    over_rows = tuple(range(x.ndim - 1))
+    d_kernel = jnp.tensordot(
+        x.astype(dtype or kernel.dtype),
+        d_product.astype(dtype or kernel.dtype),
+        (over_rows, over_rows),
+        preferred_element_type=kernel.dtype,
+    )
+    return product(d_product, kernel.T, dtype), d_kernel
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def uniform(rngs: nnx.Rngs, bound: float, *shape: int) -> nnx.Param:
