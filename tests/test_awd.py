@@ -84,9 +84,9 @@ def loss_of(params, graph, chunk, state, masks, length, dropped_ar=False):
     net, (x, y) = nnx.merge(graph, params, copy=True), chunk
     out = net(x, state, masks, length)
     valid = jnp.where(jnp.arange(len(x))[:, None] < length, 1 / (length * BATCH), 0)
-    weights = jnp.broadcast_to(valid, x.shape).ravel().astype(out.raw.dtype)
-    rows = out.dropped.reshape(-1, EMBEDDING)
-    loss = cross_entropy(rows, net.embedding[...], net.bias[...], y.ravel(), weights, 5)
+    weights = jnp.broadcast_to(valid, x.shape).astype(out.raw.dtype)
+    embedding, bias = net.embedding[...], net.bias[...]
+    loss = cross_entropy(out.dropped, embedding, bias, y, weights, 2)
     ar = jnp.where(dropped_ar, out.dropped, out.raw)
     return loss + activation_penalties(out.raw, length, ALPHA, BETA, ar), out
 
@@ -429,11 +429,8 @@ def test_dropped_words_vanish_from_the_input_alone(kind):
     @jax.jit
     @jax.grad
     def decoder_alone(embedding):
-        weights = jnp.full(x.size, 1 / x.size)
-        rows = out.dropped.reshape(-1, EMBEDDING)
-        return cross_entropy(
-            rows, embedding, params["bias"][...], y.ravel(), weights, 50
-        )
+        weights, bias = jnp.full(x.shape, 1 / x.size), params["bias"][...]
+        return cross_entropy(out.dropped, embedding, bias, y, weights, TIME)
 
     _, grads = with_grads(params, graph, (x, y), state, masks, TIME)
     expected = decoder_alone(params["embedding"][...])
@@ -503,10 +500,16 @@ def dense(x, embedding, bias, targets, weights):
     return (weights * losses).sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 8, 12, 13, 1000])
-def test_cross_entropy_is_the_dense_one(chunk):
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [((12,), chunk) for chunk in (1, 3, 5, 12, 1000)]
+    + [((4, 3), 2), ((4, 3), 3), ((2, 2, 3), 1)],
+)
+def test_cross_entropy_is_the_dense_one(shape, chunk):
     """Chunks that divide the rows, that do not, and that are more than there are."""
-    args, targets, weights = cross_entropy_arguments()
+    (x, *args), targets, weights = cross_entropy_arguments()
+    args = x.reshape(*shape, -1), *args
+    targets, weights = targets.reshape(shape), weights.reshape(shape)
 
     def ours(*args):  # its gradient is scaled by what comes from above
         return -3.7 * cross_entropy(*args, targets, weights, chunk)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from train.recurrent import forget_mult, lstm
+from train.recurrent import cudnn_lstm, forget_mult, lstm
 
 # ---------------------------------------------------------------------------
 # dropout
@@ -108,9 +108,11 @@ def uniform(rngs: nnx.Rngs, bound: float, *shape: int) -> nnx.Param:
 class LSTM(nnx.Module):
     """As PyTorch's: gates i, f, g, o; two biases; weights within ±1 / sqrt(width)."""
 
-    def __init__(self, inputs: int, width: int, *, dtype=None, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, width: int, *, cudnn=False, dtype=None, rngs: nnx.Rngs
+    ):
         bound = width**-0.5
-        self.width, self.dtype = width, dtype
+        self.width, self.cudnn, self.dtype = width, cudnn, dtype
         self.input_kernel = uniform(rngs, bound, inputs, 4 * width)
         self.kernel = uniform(rngs, bound, width, 4 * width)  # the dropped one
         self.input_bias = uniform(rngs, bound, 4 * width)
@@ -121,10 +123,11 @@ class LSTM(nnx.Module):
         return zeros, zeros
 
     def __call__(self, x, state, weights, last):
-        inputs = product(x, self.input_kernel, self.dtype)
-        kernel = (self.kernel * weights).astype(self.dtype or self.kernel.dtype)
-        bias = self.input_bias[...] + self.bias[...]
-        hs, cs = lstm(inputs + bias, kernel, *state)
+        kernel, bias = self.kernel * weights, self.input_bias[...] + self.bias[...]
+        if self.cudnn:
+            return cudnn_lstm(x, self.input_kernel[...], kernel, bias, *state, last + 1)
+        inputs = product(x, self.input_kernel, self.dtype) + bias
+        hs, cs = lstm(inputs, kernel.astype(self.dtype or kernel.dtype), *state)
         return hs, (hs[last], cs[last])
 
 
@@ -175,6 +178,7 @@ class AWD(nnx.Module):
         width: of the other layers. The article's: 1150, QRNN 1550.
         layers: of them all. The article's: 3, QRNN 4.
         kind: of the layers. The first QRNN layer also sees the word before.
+        cudnn: LSTM layers by cuDNN, which has no other dtype than float32.
         dtype: of matrix products; None: that of the parameters, float32. States, gates
             and sums are in that of the parameters.
         rngs: with a key for "params".
@@ -188,20 +192,21 @@ class AWD(nnx.Module):
         layers: int = 3,
         *,
         kind: Literal["lstm", "qrnn"] = "lstm",
+        cudnn: bool = False,
         dtype=None,
         rngs: nnx.Rngs,
     ):
         widths = [embedding, *[width] * (layers - 1), embedding]
-        make: Any = LSTM if kind == "lstm" else QRNN
-        window = [
-            {} if kind == "lstm" else {"window": 1 + (i == 0)} for i in range(layers)
-        ]
+
+        def layer(i: int):
+            more: Any = {"dtype": dtype, "rngs": rngs}
+            if kind == "lstm":
+                return LSTM(*widths[i : i + 2], cudnn=cudnn, **more)
+            return QRNN(*widths[i : i + 2], window=2 if i == 0 else 1, **more)
+
         self.dtype = dtype
         self.embedding = uniform(rngs, 0.1, words, embedding)
-        self.layers = nnx.List(
-            make(*sizes, **window[i], dtype=dtype, rngs=rngs)
-            for i, sizes in enumerate(zip(widths[:-1], widths[1:], strict=True))
-        )
+        self.layers = nnx.List(layer(i) for i in range(layers))
         self.bias = nnx.Param(jnp.zeros(words))
 
     def initial_state(self, batch_size: int):

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import rnn
 
 # ---------------------------------------------------------------------------
 # LSTM
@@ -108,6 +109,39 @@ def _lstm_backward(residuals, cotangents):
 
 
 lstm.defvjp(_lstm_forward, _lstm_backward)
+
+
+def cudnn_lstm(x, input_kernel, kernel, bias, h, c, length):
+    """The same by cuDNN, from the inputs themselves; for NVIDIA's GPUs, float32 only.
+
+    Args:
+        x: (time, batch, inputs).
+        input_kernel: (inputs, 4 * width).
+        kernel: (width, 4 * width).
+        bias: (4 * width,).
+        h: (batch, width), the state to start from.
+        c: (batch, width), likewise.
+        length: times beyond are padding, where the output is 0.
+
+    Returns:
+        h of every step, (time, batch, width), and the state (h, c) after the last.
+    """
+    (inputs, width), batch = (x.shape[-1], h.shape[-1]), x.shape[1]
+    weights = [input_kernel.T.ravel(), kernel.T.ravel(), bias, jnp.zeros_like(bias)]
+    hs, h, c = rnn.lstm(
+        x.swapaxes(0, 1),
+        h[None],
+        c[None],
+        jnp.concatenate(weights),
+        jnp.full(batch, length, jnp.int32),
+        input_size=inputs,
+        hidden_size=width,
+        num_layers=1,
+        dropout=0.0,
+        bidirectional=False,
+    )
+    return hs.swapaxes(0, 1), (h[0], c[0])
+
 
 # ---------------------------------------------------------------------------
 # QRNN

@@ -55,14 +55,14 @@ class QRNN(torch.nn.Module):
         return self.linear.weight
 
     def initial_state(self, batch_size: int):
-        c = self.dropped.new_zeros(batch_size, self.width)
-        return c, c.new_zeros(batch_size, self.inputs * (self.window - 1))
+        widths = [self.width, self.inputs][: self.window]
+        return tuple(self.dropped.new_zeros(batch_size, width) for width in widths)
 
     def forward(self, x, state, weights=None):
-        c, x_before = state
-        new_state = x[-1, :, : self.inputs * (self.window - 1)]
-        if self.window == 2:
-            x = torch.cat([x, torch.cat([x_before[None], x[:-1]])], -1)
+        c, *x_before = state
+        new_state = (x[-1],)[: self.window - 1]
+        if x_before:
+            x = torch.cat([x, torch.cat([x_before[0][None], x[:-1]])], -1)
         kernel = self.dropped if weights is None else self.dropped * weights
         z, f, o = F.linear(x, kernel, self.linear.bias).chunk(3, -1)
         cs = []
@@ -70,7 +70,7 @@ class QRNN(torch.nn.Module):
         for z_now, f_now in zip(z.tanh().unbind(), f.sigmoid().unbind(), strict=True):
             c = torch.lerp(c, z_now, f_now)  # (1 - f) * c + f * z
             cs.append(c)
-        return o.sigmoid() * torch.stack(cs), (c, new_state)
+        return o.sigmoid() * torch.stack(cs), (c, *new_state)
 
 
 # ---------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def train_step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
     optimizer.step()
-    return loss.detach(), tuple((a.detach(), b.detach()) for a, b in state)
+    return loss.detach(), tuple(tuple(s.detach() for s in layer) for layer in state)
 
 
 # ---------------------------------------------------------------------------
