@@ -125,7 +125,8 @@ class LSTM(nnx.Module):
     def __call__(self, x, state, weights, last):
         kernel, bias = self.kernel * weights, self.input_bias[...] + self.bias[...]
         if self.cudnn:
-            return cudnn_lstm(x, self.input_kernel[...], kernel, bias, *state, last + 1)
+            h, c = state
+            return cudnn_lstm(x, self.input_kernel[...], kernel, bias, h, c, last + 1)
         inputs = product(x, self.input_kernel, self.dtype) + bias
         hs, cs = lstm(inputs, kernel.astype(self.dtype or kernel.dtype), *state)
         return hs, (hs[last], cs[last])
