@@ -29,6 +29,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
 from adamw_jax import Phase, Phases, apply_updates, one_cycle_plateau
 from train import (
@@ -75,6 +77,7 @@ class Config:
     width: int = 1150  # of the other layers
     layers: int = 3
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
+    cudnn: bool = False  # LSTM layers by cuDNN, on a GPU of NVIDIA's
     # probabilities of dropping
     words_dropout: float = 0.1  # a word, everywhere in the input of a batch
     input_dropout: float = 0.6  # of the embedded words
@@ -142,10 +145,10 @@ QRNN: dict[str, Any] = {
     **{"alpha": 2.0, "beta": 1.0},
 }
 SMALL: dict[str, Any] = {
-    **{"embedding": 128, "width": 256, "epochs": 12, "batch_size": 20, "bptt": 35},
+    **{"embedding": 128, "width": 256, "layers": 2},
+    **{"epochs": 24, "batch_size": 20, "bptt": 35, "lengths": 4},
     **{"words_dropout": 0.05, "input_dropout": 0.3, "hidden_dropout": 0.1},
     **{"output_dropout": 0.2, "weight_dropout": 0.25, "alpha": 2.0, "beta": 1.0},
-    **{"lengths": 4},
 }
 ARTICLE = {  # perplexity of validation and test, without cache and with
     ("lstm", "adam-l2"): ((68.7, 65.5), (52.9, 50.9)),
@@ -160,7 +163,7 @@ FREE = ("data_dir", "seeds", "save_every", "tensorboard", "out", "name", "overwr
 
 
 def defaults(
-    model: str = "lstm", recipe: str = "adam-l2", small: bool = True
+    model: Any = "lstm", recipe: Any = "adam-l2", small: bool = True
 ) -> Config:
     """Of a recipe; small: for the embedded text and a CPU."""
     settings = RECIPES[recipe]
@@ -171,12 +174,14 @@ def defaults(
         elif settings.get("l2", 1):
             settings |= {"l2": 1e-6}
     if small:
-        settings = settings | SMALL | {"layers": 2 if model == "lstm" else 3}
+        settings = settings | SMALL
+        if model == "qrnn":
+            settings |= {"layers": 3, "input_dropout": 0.2, "weight_dropout": 0.05}
         if recipe == "salesforce":
-            settings |= {"epochs": 30, "input_dropout": 0.3}
+            settings |= {"epochs": 30}
         else:
             settings |= {"learning_rate": 1e-2}
-    return Config(model=model, recipe=recipe, **settings)  # ty: ignore
+    return Config(model=model, recipe=recipe, **settings)
 
 
 def check(c: Config) -> None:
@@ -207,6 +212,11 @@ def check(c: Config) -> None:
         "optimizer": (
             c.optimizer in OURS or "." in c.optimizer,
             f"one of {', '.join(OURS)}, or an import path as optax.lion",
+        ),
+        "cudnn": (
+            not c.cudnn
+            or (jax.default_backend(), c.model, c.dtype) == ("gpu", "lstm", "float32"),
+            "False, unless LSTMs are trained in float32 on a GPU of NVIDIA's",
         ),
         "average_after": (
             c.average_after is None or c.average_after >= 1,
@@ -285,6 +295,7 @@ def network(config: Config, words: int, seed) -> awd.AWD:
         config.width,
         config.layers,
         kind=config.model,
+        cudnn=config.cudnn,
         dtype=None if config.dtype == "float32" else jnp.dtype(config.dtype),
         rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 0)),
     )
@@ -330,6 +341,38 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
 # ---------------------------------------------------------------------------
 
 
+def loss_of(config: Config, net: awd.AWD, hidden, x, y, length, key):
+    """Of a chunk of tokens `x` and their targets `y`, padded beyond `length`.
+
+    Returns:
+        The loss with penalties; the loss without, and the new state.
+    """
+    # Rows of logits that are in memory at once; on a CPU those that its caches hold.
+    at_once = 256 if jax.default_backend() == "cpu" else 2048
+    masks = awd.draw_masks(key, net, rates_of(config), config.batch_size)
+    out = net(x, hidden, masks, length)
+    there = jnp.arange(len(x))[:, None] < length
+    tokens = jnp.asarray(length * config.batch_size, out.raw.dtype)
+    weights = jnp.where(there, 1 / tokens, 0)
+    loss = awd.cross_entropy(
+        out.dropped,
+        net.embedding[...],
+        net.bias[...],
+        y,
+        jnp.broadcast_to(weights, y.shape),
+        max(1, at_once // config.batch_size),
+        net.dtype,
+    )
+    penalties = awd.activation_penalties(
+        out.raw,
+        length,
+        config.alpha,
+        config.beta,
+        out.raw if config.ar == "raw" else out.dropped,
+    )
+    return loss + penalties, (loss, out.state)
+
+
 class Programs(NamedTuple):
     cycle: Phases
     net: awd.AWD  # of shapes
@@ -346,10 +389,7 @@ def build(config: Config, words: int, rows: int) -> Programs:
     net = nnx.eval_shape(lambda: network(config, words, 0))
     graphdef = nnx.graphdef(net)
     check_optimizer(config, tx, nnx.state(net, nnx.Param))
-    rates, lengths = rates_of(config), padded_lengths(config, rows)
-    # Rows of logits that are in memory at once; on a CPU those that its caches hold.
-    at_once = 256 if jax.default_backend() == "cpu" else 2048
-    chunk = max(1, at_once // config.batch_size)
+    lengths = padded_lengths(config, rows)
 
     def initial_state(seed):
         net = network(config, words, seed)
@@ -364,35 +404,15 @@ def build(config: Config, words: int, rows: int) -> Programs:
             jnp.int32(-1),
         )
 
-    def loss_of(params, hidden, columns, start, length, key, padded):
+    def chunk_loss(params, hidden, columns, start, length, key, padded):
         x = lax.dynamic_slice_in_dim(columns, start, padded)
         y = lax.dynamic_slice_in_dim(columns, start + 1, padded)
         net = nnx.merge(graphdef, params)
-        masks = awd.draw_masks(key, net, rates, config.batch_size)
-        out = net(x, hidden, masks, length)
-        there = jnp.arange(padded)[:, None] < length
-        weights = jnp.where(there, 1 / (length * config.batch_size), 0.0)
-        loss = awd.cross_entropy(
-            out.dropped,
-            net.embedding[...],
-            net.bias[...],
-            y,
-            jnp.broadcast_to(weights, y.shape),
-            chunk,
-            net.dtype,
-        )
-        penalties = awd.activation_penalties(
-            out.raw,
-            length,
-            config.alpha,
-            config.beta,
-            out.raw if config.ar == "raw" else out.dropped,
-        )
-        return loss + penalties, (loss, out.state)
+        return loss_of(config, net, hidden, x, y, length, key)
 
     def gradients(padded):
         def branch(*args):
-            return jax.value_and_grad(loss_of, has_aux=True)(*args, padded)
+            return jax.value_and_grad(chunk_loss, has_aux=True)(*args, padded)
 
         return branch
 
@@ -660,14 +680,18 @@ def judge(config: Config, programs: Programs, state: State, tokens) -> dict[str,
     used = neural_cache.used(np.arange(n), config.window, config.pointer)
     mixed = np.asarray(neural_cache.mixed(plain, cached, used, config.lambda_))
     whole = n // ARTICLE_CHUNK * ARTICLE_CHUNK
+
+    def of(log_probs):
+        return float(np.exp(-log_probs.mean())) if len(log_probs) else None
+
     return {
         "tokens": n,
-        "perplexity": float(np.exp(-plain.mean())),
-        "with_cache": float(np.exp(-mixed.mean())),
-        # as the article's code counts
+        "perplexity": of(plain),
+        "with_cache": of(mixed),
+        # as the article's code counts; None: the text is shorter
         "tokens_in_full_chunks": whole,
-        "perplexity_of_full_chunks": float(np.exp(-plain[:whole].mean())),
-        "with_cache_of_full_chunks": float(np.exp(-mixed[:whole].mean())),
+        "perplexity_of_full_chunks": of(plain[:whole]),
+        "with_cache_of_full_chunks": of(mixed[:whole]),
     }
 
 
@@ -681,6 +705,94 @@ def stop(config, cycle, folder, seed, step, loss):
         f"{cycle.at(step)['learning_rate']:.3g}: loss {loss:.3g}. Its last checkpoint, "
         f"if there is one, is kept in {folder / 'checkpoints' / str(seed)}"
     )
+
+
+# ---------------------------------------------------------------------------
+# a trained network
+# ---------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    config: Config
+    vocabulary: tuple[str, ...]
+    seed: int
+    step: int  # of the checkpoint
+    ended: bool  # False: the run has yet to go on
+    graphdef: Any
+    params: Any  # those to be judged
+
+
+def load(folder: Path, seed: int | None = None) -> Trained:
+    """The last checkpoint of a run, which may be in progress. Nothing is written.
+
+    Args:
+        folder: of the run, runs/NAME.
+        seed: of the run; None: the first that has a checkpoint.
+
+    Raises:
+        ValueError: there is no such folder, run or checkpoint.
+    """
+    folder = Path(folder)
+    settings = record._read_config(folder / "config.json")
+    if settings.get("script") != "language_model":
+        what = "is not the folder of a run" if folder.exists() else "does not exist"
+        raise ValueError(f"folder: {folder} {what}; train.language_model makes one")
+    fields = [field.name for field in dataclasses.fields(Config)]
+    config = Config(**{key: settings[key] for key in fields if key in settings})
+    data_dir = config.data_dir and Path(config.data_dir)
+    config = dataclasses.replace(
+        config, data_dir=data_dir, out=Path(config.out), b1=tuple(config.b1)
+    )
+    latest = latest_checkpoints(folder)
+    seed = min(latest, default=config.seed) if seed is None else seed
+    if seed not in latest:
+        others = f"but of {', '.join(map(str, latest))}" if latest else "nor any other"
+        raise ValueError(
+            f"seed: {folder} has no checkpoint of seed {seed} yet, {others}"
+        )
+    path = folder / "vocabulary.json"
+    words = tuple(json.loads(path.read_text(encoding="utf-8"))["words"])
+    if vocabulary_hash(words) != settings["vocabulary"]:
+        raise ValueError(f"{path} is not the vocabulary of this run: was it changed?")
+
+    net = nnx.eval_shape(lambda: network(config, len(words), 0))
+    graphdef, params = nnx.split(net)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    like: Any = {"step": number, "params": params, "averaged": number}
+    like["sums"] = jax.ShapeDtypeStruct((3,), jnp.float32)
+    like["average"] = params if config.average_after else None
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
+    )
+    ended = record.ended(folder, seed)
+    # Not by way of checkpoint.open_folder, which removes what is half written.
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    while True:
+        now = latest[seed]
+        try:
+            with context:
+                restored: Any = ocp.load(now.path, like)
+            break
+        except Exception:  # Orbax raises just that
+            # A run in progress keeps its last two, and may have removed this one.
+            latest = latest_checkpoints(folder)
+            if latest.get(seed, now).step == now.step:
+                raise
+    state = State(**restored, opt=(), hidden=())
+    step, params = int(state.step), parameters_of(state)
+    return Trained(config, words, seed, step, ended, graphdef, params)
+
+
+def latest_checkpoints(folder: Path) -> dict[int, Any]:
+    """Of every seed; one that is half written does not count."""
+    form = ocp.path.step.standard_name_format()
+    return {
+        int(path.name): max(found, key=lambda checkpoint: checkpoint.step)
+        for path in sorted((folder / "checkpoints").glob("*"))
+        if path.name.isdecimal() and (found := list(form.find_all(path)))
+    }
 
 
 # ---------------------------------------------------------------------------
@@ -726,7 +838,7 @@ def report(config: Config, cycle: Phases, corpus, folder: Path) -> dict[str, Any
         if key not in (*FREE, "seed") and value != getattr(recipe, key)
     }
     end_of_line = corpus.vocabulary.index(text.EOS)
-    results = {
+    results: dict[str, Any] = {
         "model": config.model,
         "recipe": config.recipe,
         "changed": changed,  # what is not as in the recipe

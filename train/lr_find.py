@@ -1,6 +1,8 @@
 """A learning rate to start from: the range test of the article's authors.
 
     python -m train.lr_find cifar10 --data-dir DIR    # one epoch; see --help
+    python -m train.lr_find language_model            # of Python's documentation
+    python -m train.lr_find language_model --model qrnn --data-dir DIR    # WikiText-2
 
 Trains while the learning rate grows from step to step, until the loss diverges, and
 writes the curve, its picture and a suggestion. `find` does it for any loss function:
@@ -39,7 +41,8 @@ import optax
 from flax import nnx
 
 from adamw_jax import adam, adamw, amsgrad, apply_updates, range_test, sgd
-from train import batches, data, devices, plots, record
+from train import batches, data, devices, language_model, plots, record, text
+from train.optimizer import clip_by_global_norm, optimizer_of
 from train.wide_resnet import WideResNet
 
 # ---------------------------------------------------------------------------
@@ -48,10 +51,10 @@ from train.wide_resnet import WideResNet
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Trains with a growing learning rate, plots the loss and suggests a rate."""
+class Cifar10:
+    """The WideResNet of train.cifar10."""
 
-    dataset: Literal["cifar10"]
+    dataset: str = dataclasses.field(default="cifar10", init=False)
     data_dir: Path | None = None  # CIFAR-10's official files; None: tensorflow-datasets
 
     blocks: int = 3  # of each of the three stages; 3 and 96: the article's WRN-22
@@ -71,6 +74,34 @@ class Config:
     overwrite: bool = False  # replace the results of an earlier run of that name
 
 
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """The network of train.language_model, with the dropout of its recipes."""
+
+    dataset: str = dataclasses.field(default="language_model", init=False)
+    data_dir: Path | None = None  # WikiText-2, or text; None: Python's documentation
+
+    model: Literal["lstm", "qrnn"] = "lstm"
+    # None: as in train.language_model, small without data_dir
+    embedding: int | None = None  # width of the embedding and of the last layer
+    width: int | None = None  # of the other layers
+    layers: int | None = None
+    batch_size: int | None = None  # columns of the text
+    bptt: int | None = None  # tokens of a column in a step, always as many
+
+    optimizer: Literal["adamw", "adam-l2", "amsgradw", "amsgrad-l2", "sgd"] = "adam-l2"
+    weight_decay: float | None = None  # None: adamw .03, the L2s and sgd about 1e-6
+    first: float = 1e-4  # learning rate of the first step
+    last: float = 10.0  # learning rate that would follow on the last step
+    steps: int = 300  # one epoch of WikiText-2 has 297
+    smoothing: float = 0.95  # share of the old in the moving average of the loss
+    seed: int = 0  # of the initial weights and of dropout
+
+    out: Path = Path("runs")  # where the folder with the results goes
+    name: str | None = None  # of that folder; None: made from data set and date
+    overwrite: bool = False  # replace the results of an earlier run of that name
+
+
 # The article's betas, b1 and momentum as 1cycle starts them. Decays: AdamW's is that of
 # the article's script, Adam's its best L2 coefficient, SGD's that of its notebook.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -82,16 +113,17 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-def check(c: Config) -> None:
+def check(c: Cifar10 | LanguageModel) -> None:
     decay = c.weight_decay
     rules = {
-        "dataset": (c.dataset == "cifar10", "cifar10"),
-        "blocks": (c.blocks >= 1, "at least 1"),
-        "width": (c.width >= 1, "at least 1"),
-        "batch_size": (c.batch_size >= 1, "at least 1"),
         "optimizer": (c.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
         "weight_decay": (decay is None or 0 <= decay < math.inf, "None or at least 0"),
     }
+    if isinstance(c, Cifar10):
+        for option in ("blocks", "width", "batch_size"):
+            rules[option] = (getattr(c, option) >= 1, "at least 1")
+    else:
+        rules["model"] = (c.model in ("lstm", "qrnn"), "lstm or qrnn")
     for option, (good, allowed) in rules.items():
         if not good:
             raise ValueError(f"{option} must be {allowed}, got {getattr(c, option)!r}")
@@ -281,14 +313,24 @@ def find(
 
 
 # ---------------------------------------------------------------------------
-# data, model, report
+# data and model
 # ---------------------------------------------------------------------------
 
 
-def main(config: Config) -> Path:
-    """Finds a learning rate for the article's network; returns the folder."""
-    started = time.perf_counter()
-    check(config)
+class Task(NamedTuple):
+    """Most of what `find` takes."""
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    batches: Iterable[Any]
+    state: Any
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    steps: int
+    title: str
+    settings: dict[str, Any]  # beside those of the command, for config.json
+
+
+def cifar10_task(config: Cifar10) -> Task:
     images, _ = data.read_cifar10(config.data_dir)
     per_epoch = len(images.y) // config.batch_size
     if per_epoch == 0:
@@ -297,7 +339,6 @@ def main(config: Config) -> Path:
         )
     steps = per_epoch if config.steps is None else config.steps
     check_ramp(config.first, config.last, steps, config.smoothing)
-    environment = record.environment()
 
     # data: shuffled, with the article's crops and flips
     rng = np.random.default_rng(config.seed)
@@ -321,24 +362,120 @@ def main(config: Config) -> Path:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
         return loss.mean(), nnx.state(net, nnx.BatchStat)
 
-    # the test
     optimizer = OPTIMIZERS[config.optimizer]
     if config.weight_decay is not None:
         optimizer = functools.partial(optimizer, decay=config.weight_decay)
-    folder = record.new_folder(config, f"lr-find-{config.dataset}")
-    record.write_json(folder / "config.json", vars(config) | environment)
     sizes = f"{config.blocks} blocks a stage, width {config.width}"
-    print(f"{config.dataset}, WideResNet of {sizes}, {config.optimizer}:")
-    print(f"up to {steps} steps of {config.batch_size}, on {environment['devices']}.")
-    found = find(
+    title = f"WideResNet of {sizes}, {config.optimizer}:\n"
+    title += f"up to {steps} steps of {config.batch_size}"
+    return Task(loss_fn, params, train_batches, stats, optimizer, steps, title, {})
+
+
+def language_model_settings(config: LanguageModel) -> language_model.Config:
+    """The recipe of that optimizer, with the sizes that are given."""
+    recipe = "salesforce" if config.optimizer == "sgd" else config.optimizer
+    settings = language_model.defaults(config.model, recipe, config.data_dir is None)
+    sizes = ("embedding", "width", "layers", "batch_size", "bptt")
+    given = {size: getattr(config, size) for size in sizes}
+    given = {size: value for size, value in given.items() if value is not None}
+    if config.weight_decay is not None:
+        decay = "weight_decay" if config.optimizer.endswith("w") else "l2"
+        given[decay] = config.weight_decay
+    args = {}  # Salesforce's SGD has no momentum
+    if config.optimizer != "sgd":
+        args = {"b1": settings.b1[0], "b2": settings.b2}  # b1 as the schedule starts it
+    return dataclasses.replace(
+        settings, data_dir=config.data_dir, optimizer_args=args, **given
+    )
+
+
+def language_model_task(config: LanguageModel) -> Task:
+    settings = language_model_settings(config)
+    language_model.check(settings)
+    check_ramp(config.first, config.last, config.steps, config.smoothing)
+
+    # data: chunks of one length in the order of the text, again and again
+    corpus = language_model.read(settings)
+    columns, bptt = text.columns(corpus.train, settings.batch_size), settings.bptt
+    if not 1 <= bptt < len(columns):
+        raise ValueError(
+            f"bptt must be in [1, {len(columns) - 1}] with "
+            f"batch_size={settings.batch_size}, got {bptt}"
+        )
+    starts = range(0, len(columns) - bptt, bptt)
+    chunks = (
+        {
+            "x": columns[start : start + bptt],
+            "y": columns[start + 1 : start + 1 + bptt],
+            "first": np.array(start == 0),
+        }
+        for start in itertools.cycle(starts)
+    )
+
+    # model
+    net = language_model.network(settings, len(corpus.vocabulary), config.seed)
+    graphdef, params = nnx.split(net, nnx.Param)
+    hidden = net.initial_state(settings.batch_size)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+
+    def loss_fn(params, state, batch):
+        hidden, key = state
+        hidden = jax.tree.map(lambda h: jnp.where(batch["first"], 0, h), hidden)
+        key, now = jax.random.split(key)
+        net = nnx.merge(graphdef, params)
+        loss, (_, hidden) = language_model.loss_of(
+            settings, net, hidden, batch["x"], batch["y"], bptt, now
+        )
+        return loss, (hidden, key)
+
+    def optimizer(schedule):
+        clip = clip_by_global_norm(settings.clip)
+        return optax.chain(clip, optimizer_of(settings, schedule))
+
+    sizes = (
+        f"{settings.layers} layers, widths {settings.embedding} and {settings.width}"
+    )
+    title = f"AWD-{settings.model.upper()} of {sizes}, {config.optimizer}:\n"
+    title += f"up to {config.steps} steps of {settings.batch_size} x {bptt} tokens"
+    return Task(
         loss_fn,
         params,
-        train_batches,
-        stats,
-        optimizer=optimizer,
+        chunks,
+        (hidden, key),
+        optimizer,
+        config.steps,
+        title,
+        {"settings": vars(settings)},
+    )
+
+
+# ---------------------------------------------------------------------------
+# report
+# ---------------------------------------------------------------------------
+
+
+def main(config: Cifar10 | LanguageModel) -> Path:
+    """Finds a learning rate for the article's network; returns the folder."""
+    started = time.perf_counter()
+    check(config)
+    if isinstance(config, Cifar10):
+        task = cifar10_task(config)
+    else:
+        task = language_model_task(config)
+    environment = record.environment()
+    folder = record.new_folder(config, f"lr-find-{config.dataset}")
+    settings = dataclasses.asdict(config) | task.settings
+    record.write_json(folder / "config.json", settings | environment)
+    print(f"{config.dataset}, {task.title}, on {environment['devices']}.", flush=True)
+    found = find(
+        task.loss_fn,
+        task.params,
+        task.batches,
+        task.state,
+        optimizer=task.optimizer,
         first=config.first,
         last=config.last,
-        steps=steps,
+        steps=task.steps,
         smoothing=config.smoothing,
     )
 
@@ -365,4 +502,4 @@ if __name__ == "__main__":
     import tyro
 
     devices.use_compilation_cache()
-    main(tyro.cli(Config, config=(tyro.conf.PositionalRequiredArgs,)))
+    main(tyro.cli(Cifar10 | LanguageModel))

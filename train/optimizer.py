@@ -64,7 +64,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     def clip(updates, params):
         del params
-        factor = jnp.minimum(1, max_norm / (optax.global_norm(updates) + 1e-6))
+        factor = jnp.minimum(1, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
 
     return optax.stateless(clip)

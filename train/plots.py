@@ -264,3 +264,34 @@ def learning_rates(found: Any) -> Figure:
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     return figure
+
+
+def cache(tuned: dict[str, Any], path: Path) -> None:
+    """Of `train.tune_cache`: perplexity over theta and lambda at the best window."""
+    best, windows, thetas, lambdas = (
+        tuned[key] for key in ("tuned", "windows", "thetas", "lambdas")
+    )
+    grid = np.array(tuned["perplexities"])[windows.index(best["window"])]
+    plain = tuned["valid"]["no cache"]
+    colours = Normalize(grid.min(), max(plain, grid.min() + 1e-6))
+    figure = Figure(figsize=(10, 6), layout="constrained", dpi=120)
+    ax = figure.subplots()
+    image = ax.imshow(
+        grid.T, origin="lower", norm=colours, aspect="auto", cmap="viridis_r"
+    )
+    ax.set_xticks(range(len(thetas)), [f"{theta:g}" for theta in thetas])
+    ax.set_yticks(range(len(lambdas)), [f"{share:g}" for share in lambdas])
+    ax.set_xlabel("theta")
+    ax.set_ylabel("lambda")
+    for (i, j), value in np.ndenumerate(grid):
+        colour = "white" if colours(value) > 0.5 else "black"
+        ax.text(i, j, f"{value:.4g}", color=colour, ha="center", va="center", size=8)
+    i, j = thetas.index(best["theta"]), lambdas.index(best["lambda_"])
+    ax.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, ec="red", lw=2.5))
+    ax.set_title(
+        f"the best of {len(windows)} windows, {best['window']}: "
+        f"{tuned['valid']['tuned']:.2f}, without a cache {plain:.2f}"
+    )
+    bar = figure.colorbar(image, ax=ax, extend="max", pad=0.01)
+    bar.set_label("validation perplexity")
+    figure.savefig(path)

@@ -64,7 +64,7 @@ class QRNN(torch.nn.Module):
         if x_before:
             x = torch.cat([x, torch.cat([x_before[0][None], x[:-1]])], -1)
         kernel = self.dropped if weights is None else self.dropped * weights
-        z, f, o = F.linear(x, kernel, self.linear.bias).chunk(3, -1)
+        z, f, o = F.linear(x, kernel, self.linear.bias).to(c.dtype).chunk(3, -1)
         cs = []
         # Ten times as fast on a CPU as with f[t], whose gradient is of the size of f.
         for z_now, f_now in zip(z.tanh().unbind(), f.sigmoid().unbind(), strict=True):
