@@ -110,5 +110,5 @@ Image(filename=str(out / name / "curves.png"))
 # rate grows until the loss diverges.
 
 # %%
-found = lr_find.main(lr_find.Config("cifar10", data_dir, out=out, **size))
+found = lr_find.main(lr_find.Cifar10(data_dir, out=out, **size))
 Image(filename=str(found / "lr_find.png"))

@@ -912,7 +912,6 @@ def test_the_embedded_text_is_learned():
     state = programs.initial_state(0)
     _, losses = jax.jit(programs.train)(state, padded, table, 0, 25, 0)
     assert losses[0] == pytest.approx(np.log(words), rel=0.02)
-    print(losses)
     assert losses[20:25].mean() < losses[0] - 1
 
 

@@ -730,10 +730,10 @@ def load(folder: Path, seed: int | None = None) -> Trained:
         seed: of the run; None: the first that has a checkpoint.
 
     Raises:
-        ValueError: there is no such folder, run or checkpoint.
+        ValueError: there is no such folder, run or checkpoint, or they do not fit.
     """
     folder = Path(folder)
-    settings = record._read_config(folder / "config.json")
+    settings = record.read_config(folder / "config.json")
     if settings.get("script") != "language_model":
         what = "is not the folder of a run" if folder.exists() else "does not exist"
         raise ValueError(f"folder: {folder} {what}; train.language_model makes one")
@@ -772,6 +772,14 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     while True:
         now = latest[seed]
         try:
+            there, wanted = (
+                sorted(x.shape for x in jax.tree.leaves(tree))
+                for tree in (ocp.metadata(now.path).metadata["params"], params)
+            )
+            if there != wanted:  # a restoration that fails leaves threads behind
+                raise ValueError(
+                    f"{now.path} does not fit {folder / 'config.json'}: was it changed?"
+                )
             with context:
                 restored: Any = ocp.load(now.path, like)
             break

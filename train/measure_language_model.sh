@@ -59,10 +59,12 @@ if [ $# -gt 1 ]; then
     done
   done
 else
-  for model in lstm qrnn; do
-    for recipe in adam-l2 adamw amsgrad-l2 amsgradw salesforce; do
+  for recipe in adam-l2 adamw amsgrad-l2 salesforce amsgradw; do
+    for model in lstm qrnn; do
       run $model $recipe "${SEEDS:-3}"
     done
+  done
+  for model in lstm qrnn; do
     cache $model adam-l2
   done
 fi

@@ -52,7 +52,7 @@ def open_folder(
         raise ValueError(f"name must be that of a folder, got {name!r}")
     folder = config.out / name
     path = folder / "config.json"
-    before = _read_config(path)
+    before = read_config(path)
     if folder.exists() and before.get("script") != script:
         if not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir()):
             raise ValueError(
@@ -84,7 +84,7 @@ def open_folder(
     return folder
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Empty if there is none, or something else under that name."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -156,7 +156,7 @@ def main(config: Config) -> dict[str, Any]:
         "lambdas": list(config.lambdas),
     }
     if path.exists() and not config.overwrite:
-        before = record._read_config(path)
+        before = record.read_config(path)
         others = [key for key, value in settings.items() if before.get(key) != value]
         if others:
             raise ValueError(
