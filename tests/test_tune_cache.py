@@ -163,7 +163,7 @@ def test_the_edge_of_the_grid_is_told(copy, capsys):
     one = {"windows": (20,), "thetas": (1.0,), "lambdas": (0.2,)}
     results = tune_cache.main(tune_cache.Config(copy, **one, overwrite=True))
     assert results["edges"] == []
-    assert "edge" not in capsys.readouterr().out
+    assert "edge of the grid" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -622,8 +622,10 @@ def train_seeds(config, programs, seeds, corpus, columns, folder):
                     )
                     line = {"event": "epoch"} | line
                     line |= {"loss": sums[1] / sums[0], "total": sums[2] / sums[0]}
-                    line |= {"valid_loss": valid_loss, "seconds": seconds}
-                    line |= {"tokens_per_second": tokens / seconds}
+                    speed = tokens / seconds  # of what was not before a restart
+                    whole = config.batch_size * int(table[:, 1].sum())
+                    line |= {"valid_loss": valid_loss, "seconds": whole / speed}
+                    line |= {"tokens_per_second": speed}
                     state = begin_average(config, state, folder, seed, valid_loss)
                     record.append_line(log, line)
                     if events:
@@ -746,7 +748,8 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     latest = latest_checkpoints(folder)
     seed = min(latest, default=config.seed) if seed is None else seed
     if seed not in latest:
-        others = f"but of {', '.join(map(str, latest))}" if latest else "nor any other"
+        others = f"but of {', '.join(map(str, sorted(latest)))}"
+        others = others if latest else "nor any other"
         raise ValueError(
             f"seed: {folder} has no checkpoint of seed {seed} yet, {others}"
         )
@@ -772,9 +775,10 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     while True:
         now = latest[seed]
         try:
+            saved: Any = ocp.metadata(now.path).metadata
             there, wanted = (
                 sorted(x.shape for x in jax.tree.leaves(tree))
-                for tree in (ocp.metadata(now.path).metadata["params"], params)
+                for tree in (saved["params"], params)
             )
             if there != wanted:  # a restoration that fails leaves threads behind
                 raise ValueError(
@@ -798,7 +802,7 @@ def latest_checkpoints(folder: Path) -> dict[int, Any]:
     form = ocp.path.step.standard_name_format()
     return {
         int(path.name): max(found, key=lambda checkpoint: checkpoint.step)
-        for path in sorted((folder / "checkpoints").glob("*"))
+        for path in (folder / "checkpoints").glob("*")
         if path.name.isdecimal() and (found := list(form.find_all(path)))
     }
 
