@@ -1,4 +1,4 @@
-"""train.language_model on tiny text: recipes, the program, restarts, what it refuses."""
+"""train.language_model on tiny text: recipes, the program, restarts, refusals."""
 
 import dataclasses
 import functools
@@ -231,6 +231,13 @@ def test_salesforces_constant_rate():
     for g in (1e-3, -2e-3):  # nothing is kept from the step before
         updates, state = tx.update(jnp.array([g]), state, params)
         np.testing.assert_allclose(updates, -30 * (g + 1.2e-6 * 5), rtol=1e-5)
+
+
+@pytest.mark.xfail(reason="cycle_of takes a b1 of 0 for none")
+def test_a_constant_b1_of_zero_is_zero():
+    config = dataclasses.replace(TINY, schedule="constant", b1=(0.0, 0.0))
+    tx = language_model.optimizer_of(config, language_model.cycle_of(config, 4))
+    assert aj.current_hyperparams(tx.init(jnp.ones(2)))["b1"] == 0
 
 
 @pytest.mark.parametrize("model", KINDS)
@@ -749,7 +756,7 @@ def test_every_epoch_has_its_chunks_and_begins_with_nothing(run, tmp_path, data_
         state, _ = train(state, padded, table, 0, STEPS, 5)
         loss = state.sums[1] / state.sums[0]
         assert lines[1 + epoch]["loss"] == pytest.approx(float(loss), rel=1e-5)
-    saved = final_state(tmp_path / "run")
+    saved = final_state(tmp_path / "run", 5)
     close(saved["params"], nnx.to_pure_dict(state.params), 1e-4)
 
 
@@ -819,7 +826,9 @@ def test_a_folder_is_never_overwritten_without_being_asked(run, tmp_path, data_d
 
 
 def test_the_name_of_the_folder(run, tmp_path):
-    run(model="qrnn", recipe="adamw", optimizer="adamw", epochs=1, name=None)
+    config = language_model.defaults("qrnn", "adamw")
+    tiny = {key: getattr(TINY, key) for key in ("embedding", "width", "bptt")}
+    run(config, **tiny, batch_size=4, epochs=1, lengths=1, layers=1, name=None)
     assert [path.name for path in tmp_path.iterdir()] == ["qrnn-adamw"]
 
 
@@ -845,6 +854,28 @@ def test_divergence_stops_the_run_and_keeps_what_there_is(run, tmp_path):
         assert not lines[-1]["loss"] < 2 * np.log(WORDS + 3)
     assert imread(tmp_path / "run" / "curves.png").std() > 0.01
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.xfail(reason="only the losses of the steps are looked at")
+def test_divergence_in_the_last_step_of_an_epoch(run, tmp_path, monkeypatch):
+    """Its loss is that before its update; the validation loss tells."""
+    compiled = language_model.compiled
+
+    def compiled_badly(*args):
+        program = compiled(*args)
+
+        def train(state, *args):
+            state, losses = program.train(state, *args)
+            bad = np.nan if int(state.step) == 3 * STEPS else 1.0
+            params = jax.tree.map(lambda p: p * np.float32(bad), state.params)
+            return state._replace(params=params), losses
+
+        return program._replace(train=train)
+
+    monkeypatch.setattr(language_model, "compiled", compiled_badly)
+    with pytest.raises(FloatingPointError, match="seed 0 diverged"):
+        run()
+    assert [x["event"] for x in log(tmp_path / "run")][-1] == "diverged"
 
 
 def test_after_a_divergence_it_goes_on_from_the_last_checkpoint(
@@ -974,6 +1005,42 @@ def test_bad_settings_are_refused_before_a_folder_is_made(
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "gru"}, "model must be.*got 'gru'"),
+        ({"recipe": "adam"}, "recipe must be.*got 'adam'"),
+        ({"dtype": "float16"}, "dtype must be.*got 'float16'"),
+        ({"ar": "wet"}, "ar must be.*got 'wet'"),
+        ({"schedule": "cosine"}, "schedule must be.*got 'cosine'"),
+        ({"pointer": "grave"}, "pointer must be.*got 'grave'"),
+        ({"optimizer": "optax.lion", "l2": 0.0, "b2": 0.5}, "b2 must be left alone"),
+        ({"optimizer": "optax.lion", "l2": 0.0, "b1": (0.9, 0.8)}, "b1 must be left"),
+        ({"optimizer": "sgd", "b2": 0.5}, "b2 must be left alone"),
+        ({"optimizer": "optax.constant_schedule", "l2": 0.0}, "not a transformation"),
+        ({"optimizer": "math.pi", "l2": 0.0}, "optimizer.*math.pi"),
+        ({"optimizer": "..lion", "l2": 0.0}, "cannot import '..lion'"),
+    ],
+)
+@pytest.mark.xfail(reason="check and optimizer_of do not look at these yet")
+def test_what_the_command_line_would_refuse_is_refused_in_code(
+    run, tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(reason="the text is known by its vocabulary and sizes alone")
+def test_another_text_of_the_same_words_is_refused(run, tmp_path):
+    folder = write_text(tmp_path / "text")
+    run(data_dir=folder, epochs=1)
+    lines = (folder / "valid.txt").read_text().splitlines(True)
+    (folder / "valid.txt").write_text("".join(reversed(lines)))
+    with pytest.raises(ValueError, match="Choose another --name"):
+        run(data_dir=folder, epochs=1, seeds=2)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("valid.txt", None, "has no valid.txt"),
@@ -1019,6 +1086,10 @@ def test_the_shortest_text(run, tmp_path):
         (["--model", "qrnn"], "qrnn", "adam-l2", True),
         (["--recipe", "adamw", "--data-dir", "x"], "lstm", "adamw", False),
         (["qrnn", "--data-dir=x", "--recipe=salesforce"], "qrnn", "salesforce", False),
+        pytest.param(
+            *(["--data_dir", "x"], "lstm", "adam-l2", False),
+            marks=pytest.mark.xfail(reason="config_of knows no underscores"),
+        ),
     ],
 )
 def test_model_recipe_and_data_change_the_other_defaults(args, model, recipe, small):
@@ -1059,8 +1130,6 @@ def child(data_dir, out, moment):
 
     def append(path, line):
         here = line["event"], line.get("epoch")
-        if (moment, *here) == ("before the line", "epoch", 2):
-            kill()
         if (moment, *here) == ("in the line", "epoch", 3):
             with path.open("a") as file:
                 file.write(json.dumps(line)[:40])
@@ -1093,7 +1162,6 @@ def child(data_dir, out, moment):
 
 MOMENTS = (  # in this order, each on what the one before has left
     "before the checkpoint",
-    "before the line",
     "in the line",
     "in the checkpoint",
     "after the line",

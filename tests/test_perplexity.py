@@ -87,7 +87,7 @@ LENGTHS = (2, 3, 4, 12, 13, 14, SEGMENT, SEGMENT + 1, SEGMENT + 2, 3 * SEGMENT +
 @pytest.mark.parametrize("columns", [1, 3, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_plain_loop_tells(kind, columns):
-    """Texts shorter than the columns, of a segment and a token more or less, of many."""
+    """Texts shorter than the columns, of about a segment, of many."""
     graph, params, expected, _, _ = exact(kind)
     state = initial_state(graph, params)
     for length in LENGTHS:
@@ -157,7 +157,7 @@ def test_a_long_memory_takes_more_passes_and_is_as_exact(kind):
 @pytest.mark.parametrize("remembers", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_default_tolerance(monkeypatch, kind, remembers):
-    """Float32 and the sizes of the module: exact to rounding, mostly in a few passes."""
+    """Float32 and the sizes of the module: exact to rounding, mostly in few passes."""
     monkeypatch.undo()
     monkeypatch.setattr(perplexity, "BLOCK", BLOCK)
     assert (perplexity.COLUMNS, perplexity.ROWS) == (64, 1024)

@@ -52,6 +52,45 @@ def restore(checkpoints: ocp.training.Checkpointer, like: Any) -> Any:
     return checkpoints.load(None, jax.tree.map(_abstract, like))
 
 
+def latest(folder: Path) -> Any:
+    """The last complete checkpoint in a folder, with its step and path, or None."""
+    found = ocp.path.step.standard_name_format().find_all(folder)
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def read(folder: Path, like: Any) -> Any:
+    """Parts of the last checkpoint, on one device. Nothing is written or removed.
+
+    Args:
+        folder: in which a run in progress may be writing.
+        like: a dictionary of the fields of the state that are wanted.
+
+    Raises:
+        ValueError: the checkpoint is of another network.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
+    )
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    while True:
+        now = latest(folder)
+        try:
+            missing = _sizes(like) - _sizes(ocp.metadata(now.path).metadata)
+            if missing:  # a restoration that fails leaves threads behind
+                raise ValueError(
+                    f"{now.path} does not fit the settings of its run, which have "
+                    f"arrays of {', '.join(missing)}: were they changed?"
+                )
+            with context:
+                return ocp.load(now.path, like)
+        except Exception:  # Orbax raises just that
+            # A run in progress keeps its last two, and may have removed this one.
+            if latest(folder).step == now.step:
+                raise
+
+
 def _sizes(tree) -> Counter[str]:
     return Counter(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree))
 

@@ -42,7 +42,6 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 
 from adamw_jax import Phase, Phases, apply_updates, one_cycle_plateau
 from train import (
@@ -745,11 +744,15 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     config = dataclasses.replace(
         config, data_dir=data_dir, out=Path(config.out), b1=tuple(config.b1)
     )
-    latest = latest_checkpoints(folder)
-    seed = min(latest, default=config.seed) if seed is None else seed
-    if seed not in latest:
-        others = f"but of {', '.join(map(str, sorted(latest)))}"
-        others = others if latest else "nor any other"
+    checkpoints = folder / "checkpoints"
+    seeds = sorted(
+        int(path.name)
+        for path in checkpoints.glob("*")
+        if path.name.isdecimal() and checkpoint.latest(path)
+    )
+    seed = min(seeds, default=config.seed) if seed is None else seed
+    if seed not in seeds:
+        others = f"but of {', '.join(map(str, seeds))}" if seeds else "nor any other"
         raise ValueError(
             f"seed: {folder} has no checkpoint of seed {seed} yet, {others}"
         )
@@ -764,47 +767,11 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     like: Any = {"step": number, "params": params, "averaged": number}
     like["sums"] = jax.ShapeDtypeStruct((3,), jnp.float32)
     like["average"] = params if config.average_after else None
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
-    )
     ended = record.ended(folder, seed)
-    # Not by way of checkpoint.open_folder, which removes what is half written.
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    while True:
-        now = latest[seed]
-        try:
-            saved: Any = ocp.metadata(now.path).metadata
-            there, wanted = (
-                sorted(x.shape for x in jax.tree.leaves(tree))
-                for tree in (saved["params"], params)
-            )
-            if there != wanted:  # a restoration that fails leaves threads behind
-                raise ValueError(
-                    f"{now.path} does not fit {folder / 'config.json'}: was it changed?"
-                )
-            with context:
-                restored: Any = ocp.load(now.path, like)
-            break
-        except Exception:  # Orbax raises just that
-            # A run in progress keeps its last two, and may have removed this one.
-            latest = latest_checkpoints(folder)
-            if latest.get(seed, now).step == now.step:
-                raise
+    restored = checkpoint.read(checkpoints / str(seed), like)
     state = State(**restored, opt=(), hidden=())
     step, params = int(state.step), parameters_of(state)
     return Trained(config, words, seed, step, ended, graphdef, params)
-
-
-def latest_checkpoints(folder: Path) -> dict[int, Any]:
-    """Of every seed; one that is half written does not count."""
-    form = ocp.path.step.standard_name_format()
-    return {
-        int(path.name): max(found, key=lambda checkpoint: checkpoint.step)
-        for path in (folder / "checkpoints").glob("*")
-        if path.name.isdecimal() and (found := list(form.find_all(path)))
-    }
 
 
 # ---------------------------------------------------------------------------

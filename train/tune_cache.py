@@ -31,16 +31,19 @@ class Config:
     folder: Path  # of a run of train.language_model: runs/NAME
     data_dir: Path | None = None  # of its text; None: where it was
     seed: int | None = None  # of the run; None: the first with a checkpoint
-    # to be tried: tokens, and numbers
+    # how many tokens are kept, to be tried
     windows: tuple[int, ...] = (100, 200, 500, 1000, 2000, neural_cache.WINDOW, 6000)
+    # how much the nearest states count more, to be tried
     thetas: tuple[float, ...] = (
         *(0.1, 0.2, 0.3, 0.4, 0.5, neural_cache.THETA, 0.8, 1.0),
         *(1.25, 1.5, 2.0, 2.5, 3.0),
     )
+    # the cache's share of the mixture, to be tried
     lambdas: tuple[float, ...] = (
         *(0.03, 0.06, 0.1, neural_cache.LAMBDA, 0.15, 0.2, 0.25, 0.3),
         *(0.35, 0.4, 0.5),
     )
+
     overwrite: bool = False  # also what was tuned with other settings
 
 
