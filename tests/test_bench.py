@@ -127,12 +127,13 @@ def test_many_milliseconds_are_legible():
     row = {"best_ms": 0.01234, "median_ms": 6123.4, "tokens_per_second": 1143.2}
     results = {
         "rows": {"here, a stretch": row | {"share_of_matmul_rate": 0.5}},
-        **{"failed": {}, "matmul_tflops": 0.1, "step_gflop": 1.0, "floor_ms": 10.0},
+        **{"failed": {}, "matmul_tflops": 0.1, "step_gflop": 1.0, "floor_ms": 11_600.4},
         **dict.fromkeys(("scan_over_loop", "here_over_eager", "here_over_compiled")),
     }
     task = bench.language_model_task(TINY_LM)
     page = bench.report(TINY_LM, task, results, {"devices": "1 x cpu"})
     assert "| 0.0123            | 6,123  | 1,143    | 50.0% " in page
+    assert "1.0 GFLOP a step, 11,600 ms at" in page
 
 
 def in_no_time(makers, turns, may_fail):

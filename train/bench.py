@@ -431,8 +431,9 @@ def main(config: Cifar10 | LanguageModel) -> dict[str, Any]:
 def report(config, task: Task, results: dict[str, Any], environment) -> str:
     lines = [
         f"{task.title}, on {environment['devices']}: "
-        f"{results['step_gflop']:.1f} GFLOP a step, {results['floor_ms']:.3g} ms at "
-        f"the {results['matmul_tflops']:.3g} TFLOP/s of a large matrix product. "
+        f"{results['step_gflop']:.1f} GFLOP a step, "
+        f"{_three_digits(results['floor_ms'])} ms at the "
+        f"{results['matmul_tflops']:.3g} TFLOP/s of a large matrix product. "
         f"{config.turns} turns of {config.steps} steps.",
         "",
     ]
