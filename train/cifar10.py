@@ -413,14 +413,7 @@ def train_seeds(config, programs, mesh, seeds, train, test, folder):
     test_x = jax.device_put(batches.in_batches(test).x, everywhere)
     began = time.perf_counter()
     program = compiled(programs, everywhere, x, y, test_x, config.tta)
-    start = {"event": "start", "compile_seconds": time.perf_counter() - began}
-    start |= record.environment()
-    if earlier := record.lines_of(folder, "start"):
-        keys = ("devices", "versions", "xla_flags")
-        others = [key for key in keys if start[key] != earlier[-1][key]]
-        if others:
-            print(f"Begun with other {', '.join(others)}: the bits will be others too.")
-    record.append_line(log, start)
+    start = record.append_start(folder, time.perf_counter() - began)
     parameters = sum(p.size for p in jax.tree.leaves(program.state.params))
     print(
         f"{folder}: {parameters:,} parameters, {len(y):,} images, "

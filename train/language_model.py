@@ -33,7 +33,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +192,11 @@ def check(c: Config) -> None:
     if rates:
         name = f"{rates[0]}_dropout"
         raise ValueError(f"{name} must be in [0, 1), got {getattr(c, name)!r}")
+    choices = {
+        field.name: get_args(field.type)
+        for field in dataclasses.fields(c)
+        if get_origin(field.type) is Literal
+    }
     at_least_one = (
         "embedding",
         "width",
@@ -201,7 +206,12 @@ def check(c: Config) -> None:
         "seeds",
         "window",
     )
+    alone = f"left alone with {c.optimizer}, which takes it by optimizer_args"
     rules = {
+        **{
+            name: (getattr(c, name) in allowed, f"one of {', '.join(allowed)}")
+            for name, allowed in choices.items()
+        },
         **{name: (getattr(c, name) >= 1, "at least 1") for name in at_least_one},
         **{name: (getattr(c, name) >= 0, "at least 0") for name in ("alpha", "beta")},
         "clip": (c.clip > 0, "above 0"),
@@ -212,6 +222,8 @@ def check(c: Config) -> None:
             c.optimizer in OURS or "." in c.optimizer,
             f"one of {', '.join(OURS)}, or an import path as optax.lion",
         ),
+        "b1": (c.optimizer in OURS or c.b1 == Config.b1, alone),
+        "b2": (c.optimizer in OURS[:3] or c.b2 == Config.b2, alone),
         "cudnn": (
             not c.cudnn
             or (jax.default_backend(), c.model, c.dtype) == ("gpu", "lstm", "float32"),
@@ -258,12 +270,14 @@ def padded_lengths(config: Config, rows: int) -> np.ndarray:
     ]
     longest = config.bptt + text.FIRST_EXTRA
     drawn = np.bincount(np.concatenate(tables)[:, 1], minlength=longest + 1)
-    # cost[a, b]: of padding all lengths in (a, b] to b
-    a, b, n = np.ogrid[: longest + 1, : longest + 1, : longest + 1]
-    cost = np.where((a < n) & (n <= b), (b - n) * drawn, 0).sum(-1)
+    # cost[a, b]: of padding all lengths in (a, b] to b; endless where a > b
+    a, b = np.ogrid[: longest + 1, : longest + 1]
+    number, total = np.cumsum(drawn), np.cumsum(drawn * np.arange(longest + 1))
+    cost = b * (number[b] - number[a]) - (total[b] - total[a])
+    cost = np.where(a <= b, cost, np.inf)
     best, choices = cost[0], []
     for _ in range(min(config.lengths, longest) - 1):
-        sums = np.where(a[..., 0] <= b[..., 0], best[:, None] + cost, np.inf)
+        sums = best[:, None] + cost
         choices.append(sums.argmin(0))
         best = sums.min(0)
     lengths = [longest]
@@ -314,7 +328,7 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
     """Rate, b1 and b2 at every step."""
     b2 = config.b2 if config.optimizer in OURS[:3] else None
     if config.schedule == "constant":
-        b1 = config.b1[0] or None
+        b1 = config.b1[0] or (0.0 if config.optimizer in OURS[:3] else None)
         constant = Phase(
             epochs=config.epochs, learning_rate=config.learning_rate, b1=b1, b2=b2
         )
@@ -437,7 +451,9 @@ def build(config: Config, words: int, rows: int) -> Programs:
             )
             updates, opt = tx.update(grads, state.opt, state.params)
             if config.scale_by_length:
-                updates = jax.tree.map(lambda u: u * (length / config.bptt), updates)
+                updates = jax.tree.map(
+                    lambda u: u * (length.astype(u.dtype) / config.bptt), updates
+                )
             params = apply_updates(state.params, updates)
             average, averaged = state.average, state.averaged
             if config.average_after:
@@ -477,6 +493,9 @@ def main(config: Config) -> dict[str, Any]:
         name,
         FREE,
         vocabulary=vocabulary_hash(corpus.vocabulary),
+        text=hashlib.md5(
+            np.concatenate(corpus[:3]).tobytes(), usedforsecurity=False
+        ).hexdigest(),
         tokens=[len(split) for split in corpus[:3]],
     )
     with record.alone(folder):
@@ -552,14 +571,7 @@ def train_seeds(config, programs, seeds, corpus, columns, folder):
     beyond = config.bptt + text.FIRST_EXTRA + 1  # that a padded chunk may reach
     columns = jax.device_put(np.pad(columns, ((0, beyond), (0, 0))), places()[1](1))
     program = compiled(programs, columns, chunks_of(config, rows, 0, 0)[0])
-    start = {"event": "start", "compile_seconds": time.perf_counter() - began}
-    start |= record.environment()
-    if earlier := record.lines_of(folder, "start"):
-        keys = ("devices", "versions", "xla_flags")
-        others = [key for key in keys if start[key] != earlier[-1][key]]
-        if others:
-            print(f"Begun with other {', '.join(others)}: the bits will be others too.")
-    record.append_line(log, start)
+    start = record.append_start(folder, time.perf_counter() - began)
     parameters = sum(p.size for p in jax.tree.leaves(program.state.params))
     print(
         f"{folder}: {parameters:,} parameters, {len(corpus.train):,} tokens, {words:,} "
@@ -619,6 +631,8 @@ def train_seeds(config, programs, seeds, corpus, columns, folder):
                             corpus.valid,
                         ).mean()
                     )
+                    if not valid_loss < 2 * np.log(words):
+                        stop(config, cycle, folder, seed, step - 1, valid_loss)
                     line = {"event": "epoch"} | line
                     line |= {"loss": sums[1] / sums[0], "total": sums[2] / sums[0]}
                     speed = tokens / seconds  # of what was not before a restart
@@ -666,7 +680,8 @@ def begin_average(config, state: State, folder: Path, seed: int, loss: float) ->
 
 def judge(config: Config, programs: Programs, state: State, tokens) -> dict[str, Any]:
     """Perplexities of a text, without the cache and with it."""
-    history = neural_cache.empty(config.window, config.embedding)
+    window = min(config.window, len(tokens) - 1)
+    history = neural_cache.empty(window, config.embedding)
     plain, cached = [], []
     for segment in perplexity.segments(
         programs.read, parameters_of(state), programs.net.initial_state(1), tokens
@@ -878,9 +893,10 @@ def config_of(args: list[str]) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", choices=("lstm", "qrnn"), default="lstm")
     first.add_argument("--recipe", choices=RECIPES, default="adam-l2")
-    first.add_argument("--data-dir")
+    first.add_argument("--data-dir", "--data_dir")
     known = first.parse_known_args(args)[0]
-    default = defaults(known.model, known.recipe, known.data_dir is None)
+    small = known.data_dir in (None, "None")
+    default = defaults(known.model, known.recipe, small)
     return tyro.cli(Config, args=args, default=default)
 
 

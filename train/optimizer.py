@@ -22,11 +22,13 @@ def optimizer_of(config: Any, cycle: Phases) -> optax.GradientTransformation:
         module, _, attribute = config.optimizer.rpartition(".")
         try:
             factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"optimizer: cannot import {config.optimizer!r}: {error}"
             ) from error
         rate = cycle.schedule("learning_rate")
+        if not callable(factory):
+            raise ValueError(f"optimizer must be a function, got {config.optimizer}")
     known, args = inspect.signature(factory).parameters, dict(config.optimizer_args)
     for decay in ("weight_decay", "l2"):  # also 0, which need not be the default
         value = getattr(config, decay)
@@ -38,11 +40,16 @@ def optimizer_of(config: Any, cycle: Phases) -> optax.GradientTransformation:
                 f"argument, got {value}"
             )
     try:
-        return factory(rate, **args)
+        tx = factory(rate, **args)
     except TypeError as error:
         raise ValueError(
             f"optimizer_args: {config.optimizer} does not take {args}: {error}"
         ) from error
+    if not hasattr(tx, "init") or not hasattr(tx, "update"):
+        raise ValueError(
+            f"optimizer: {config.optimizer} is not a transformation of gradients"
+        )
+    return tx
 
 
 def check_optimizer(config: Any, tx: optax.GradientTransformation, params: Any) -> None:

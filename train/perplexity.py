@@ -34,7 +34,8 @@ class Segment(NamedTuple):
 def reader(graphdef, columns: int = COLUMNS, tolerance: float = TOLERANCE):
     """A compiled function: params, state, tokens, targets -> Segment, state.
 
-    The state is that of a batch of one; tokens, int32, are a multiple of the columns.
+    The state is that of a batch of one; tokens, int32, are a multiple of the columns,
+    which are a multiple of BLOCK where they are longer.
     """
 
     def read(params, state, tokens, targets):

@@ -151,6 +151,18 @@ def lines_of(folder: Path, event: str, seed: int | None = None) -> list[dict[str
     return [x for x in lines if x["event"] == event and x.get("seed") == seed]
 
 
+def append_start(folder: Path, compile_seconds: float) -> dict[str, Any]:
+    """Logs and returns where a run begins or goes on; says if that is elsewhere."""
+    start = {"event": "start", "compile_seconds": compile_seconds} | environment()
+    if earlier := lines_of(folder, "start"):
+        keys = ("devices", "versions", "xla_flags")
+        others = [key for key in keys if start[key] != earlier[-1][key]]
+        if others:
+            print(f"Begun with other {', '.join(others)}: the bits will be others too.")
+    append_line(folder / "metrics.jsonl", start)
+    return start
+
+
 def ended(folder: Path, seed: int) -> bool:
     return bool(lines_of(folder, "end", seed))
 
