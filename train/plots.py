@@ -9,6 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from train.analysis import best_decays, confidence
 from train.report import NAMES
@@ -211,6 +212,9 @@ def language_model(lines: list[dict], cycle: Any, epochs: int, path: Path) -> No
             at = [epochs] * len(values)
             ax.plot(at, values, marker, color="black", label=label, ls="")
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("perplexity")
     ax.legend(frameon=False)
     for each in (ax, phase, _phases(phase, cycle, epochs)):
