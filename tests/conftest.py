@@ -38,6 +38,15 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """For modules that compile the same few programs again and again."""
+    folder = tmp_path_factory.getbasetemp().parent / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    yield str(folder)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
 @pytest.fixture
 def cifar_dir(tmp_path, monkeypatch):
     """Sixty images a batch in the official format, brighter the higher the label."""

@@ -24,7 +24,7 @@ from matplotlib.image import imread
 import adamw_jax as aj
 from train import batches, checkpoint, cifar10, data, devices, record, tta
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "cache")
 
 TINY = cifar10.Config(
     blocks=1, width=4, epochs=3, batch_size=16, learning_rate=1e-2, name="run"
@@ -49,15 +49,6 @@ def fake_cifar10(data_dir):
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
     monkeypatch.setattr(data, "read_cifar10", fake_cifar10)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """The same few programs are compiled again and again."""
-    folder = tmp_path_factory.getbasetemp().parent / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    yield str(folder)
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def run(tmp_path, config=TINY, **changes):

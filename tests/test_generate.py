@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from train import awd, checkpoint, generate, language_model, record, text
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "cache")
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -25,15 +25,6 @@ def lines(seed, count):
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, len(WORDS) - 5, count)
     return "".join(f"{' '.join(WORDS[i : i + 5])} .\n" for i in starts)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """The same few programs are compiled again and again."""
-    folder = tmp_path_factory.getbasetemp().parent / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    yield str(folder)
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")

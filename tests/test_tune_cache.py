@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from train import language_model, neural_cache, perplexity, record, text, tune_cache
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "cache")
 
 WORDS = [f"w{i}" for i in range(40)]
 GRID = {
@@ -30,15 +30,6 @@ def lines(seed, count):
     rng = np.random.default_rng(seed)
     chosen = (rng.choice(WORDS, 3)[rng.integers(0, 3, 8)] for _ in range(count))
     return "".join(f"{' '.join(line)}\n" for line in chosen)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """The same few programs are compiled again and again."""
-    folder = tmp_path_factory.getbasetemp().parent / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    yield str(folder)
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")
