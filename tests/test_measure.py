@@ -1,4 +1,4 @@
-"""The script that measures everything on a GPU, with an interpreter that only notes."""
+"""The scripts that measure everything, with an interpreter that only notes."""
 
 import importlib
 import os
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-SCRIPT = Path(__file__).parents[1] / "train" / "measure_cifar10.sh"
+TRAIN = Path(__file__).parents[1] / "train"
+SCRIPT = TRAIN / "measure_cifar10.sh"
 
 
 @pytest.fixture
@@ -21,10 +22,11 @@ def measure(tmp_path):
     )
     python.chmod(0o755)
 
-    def run(fail="nothing"):
+    def run(*command, fail="nothing"):
         notes.write_text("")
         env = os.environ | {"PYTHON": str(python), "FAIL": fail}
-        done = subprocess.run([SCRIPT, "DIR", tmp_path / "out"], env=env, check=False)
+        command = command or (SCRIPT, "DIR", tmp_path / "out")
+        done = subprocess.run(command, env=env, check=False)
         return done.returncode, [line.split() for line in notes.read_text().split("\n")]
 
     return run
@@ -61,13 +63,13 @@ def test_the_commands_are_understood(measure):
     runs = {}
     for _, module, *args in commands[:-1]:
         script = importlib.import_module(module)
-        options = {"config": (tyro.conf.PositionalRequiredArgs,)}
-        default = {}
         if module == "train.cifar10":
             recipe = args[args.index("--recipe") + 1]
-            default = {"default": script.RECIPES[recipe]}
-            options = {}
-        config = tyro.cli(script.Config, args=args, **default, **options)
+            config = tyro.cli(script.Config, args=args, default=script.RECIPES[recipe])
+        elif module == "train.bench":
+            config = tyro.cli(script.Cifar10 | script.LanguageModel, args=args)
+        else:
+            config = tyro.cli(script.Config, args=args)
         runs[config.name] = config
         assert config.out.name == "out"
         if module == "train.cifar10":
@@ -80,3 +82,42 @@ def test_the_commands_are_understood(measure):
         **{"adam-l2-30": 3, "amsgrad-30": 3, "amsgrad-l2-30": 3, "sgd-30": 3},
     }
     assert runs["fast-200"].first_seed >= 10  # none that the choices were made with
+
+
+@pytest.mark.parametrize("data", [None, "DIR"])
+def test_the_commands_for_language_models(measure, tmp_path, data):
+    script, out = TRAIN / "measure_language_model.sh", tmp_path / "out"
+    command = [script, out] if data is None else [script, out, tmp_path / data]
+    (tmp_path / "DIR").mkdir()
+    status, commands = measure(*command, fail="salesforce")
+    assert status == (data is None)
+    runs, tuned, timed = {}, [], []
+    for _, module, *args in commands[:-1]:
+        script = importlib.import_module(module)
+        if module == "train.language_model":
+            config = script.config_of(args)
+            runs[config.name] = config
+            assert (
+                config.out == out and config.name == f"{config.model}-{config.recipe}"
+            )
+            assert config.data_dir == (data and tmp_path / data)
+            assert config.embedding == (400 if data else 128)
+        elif module == "train.tune_cache":
+            options = (tyro.conf.PositionalRequiredArgs,)
+            config = tyro.cli(script.Config, args=args, config=options)
+            assert config.folder.name in runs  # trained before
+            assert config.data_dir == (data and tmp_path / data)
+            tuned.append(config.folder.name)
+        else:
+            config = tyro.cli(script.Cifar10 | script.LanguageModel, args=args)
+            timed.append((config.task, config.model))
+    recipes = {"adam-l2", "adamw", "amsgrad-l2", "amsgradw"}
+    recipes |= set() if data else {"salesforce"}
+    assert set(runs) == {f"{m}-{r}" for m in ("lstm", "qrnn") for r in recipes}
+    assert {config.seeds for config in runs.values()} == {1 if data else 3}
+    assert tuned == ["lstm-adam-l2", "qrnn-adam-l2"]
+    expected = [("language_model", model) for model in ("lstm", "qrnn")]
+    assert timed == (expected if data else [])
+    if data is None:  # what failed is done again, and nothing else
+        _, commands = measure(*command)
+        assert [words[4] for words in commands[:-1]] == ["salesforce"] * 2

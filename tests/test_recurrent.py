@@ -10,7 +10,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.experimental import rnn
 
+from train import recurrent
 from train.recurrent import forget_mult, lstm
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -214,3 +216,29 @@ def test_auto_is_parallel_where_that_is_faster(platform, loops):
         lowering_platforms=(platform,)
     )
     assert lowered.as_text().count("stablehlo.while") == loops
+
+
+def test_cudnn_is_called_with_what_it_wants(monkeypatch):
+    """Without a GPU: JAX's own reference in its place, which takes the same."""
+
+    def reference(x, h, c, weights, lengths, *, dropout, bidirectional, **sizes):
+        parts = rnn.unpack_lstm_weights(weights, *sizes.values(), bidirectional)
+        sizes = *sizes.values(), dropout, bidirectional
+        return rnn.lstm_ref(x, h, c, *parts, lengths, *sizes)
+
+    monkeypatch.setattr(recurrent.rnn, "lstm", reference)
+    rng = np.random.default_rng(0)
+    time, batch, inputs, width = 5, 3, 4, 6
+    shapes = (time, batch, inputs), (inputs, 4 * width), (width, 4 * width)
+    shapes += (4 * width,), (batch, width), (batch, width)
+    x, input_kernel, kernel, bias, h, c = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes
+    )
+    hs, cs = recurrent.lstm(x @ input_kernel + bias, kernel, h, c)
+    for length in (time, 2):
+        ours, (last_h, last_c) = recurrent.cudnn_lstm(
+            x, input_kernel, kernel, bias, h, c, length
+        )
+        np.testing.assert_allclose(ours[:length], hs[:length], atol=1e-6)
+        np.testing.assert_allclose(last_h, hs[length - 1], atol=1e-6)
+        np.testing.assert_allclose(last_c, cs[length - 1], atol=1e-6)
