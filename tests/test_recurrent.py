@@ -218,6 +218,7 @@ def test_auto_is_parallel_where_that_is_faster(platform, loops):
     assert lowered.as_text().count("stablehlo.while") == loops
 
 
+@pytest.mark.usefixtures("lenient")
 def test_cudnn_is_called_with_what_it_wants(monkeypatch):
     """Without a GPU: JAX's own reference in its place, which takes the same."""
 
