@@ -79,7 +79,7 @@ if "ADAMW_JAX_TINY" in os.environ:
 # %%
 config = dataclasses.replace(config, data_dir=data_dir, out=out)
 results = language_model.main(config)
-run = out / f"{model}-{recipe}"
+run = out / language_model.name_of(config)
 Image(str(run / "curves.png"))
 
 # %% [markdown]

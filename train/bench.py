@@ -74,6 +74,7 @@ class LanguageModel:
     batch_size: int = 100  # columns of the text
     bptt: int = 70  # tokens of a column in a step, always as many
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
+    cudnn: bool = False  # our LSTM by cuDNN, too
     steps: int = 20  # per turn
     turns: int = 7  # best and median of them are reported
     matmul: int | None = None  # rows of the matrix product; None: 8192, CPU 2048
@@ -241,6 +242,7 @@ def language_model_settings(config: LanguageModel) -> language_model.Config:
         layers=recipe.layers if config.layers is None else config.layers,
         batch_size=config.batch_size,
         dtype=config.dtype,
+        cudnn=config.cudnn,
         # The longest chunk is what the first one of an epoch has: the wanted length.
         bptt=config.bptt - text.FIRST_EXTRA,
         lengths=2,  # so that there is a choice between programs at every step

@@ -18,10 +18,11 @@ goes on from the last checkpoint and ends with the same bits.
 Chunks of text have the article's random lengths: a chunk is padded to the next of a few
 lengths that are compiled, and what is padded counts nowhere. Many chunks are one call
 of one program. Perplexity is that of the whole text as a single stream, every token of
-it; the article left out what did not fill 2,000 tokens at the end.
+it but the first; the article left out what did not fill 2,000 tokens at the end.
 
 Where this is not the article's code: beta1's bias correction is exact (PyTorch's is not
-under a cycle), and epsilon is added to the corrected root.
+under a cycle), epsilon is added to the corrected root, and no chunk is longer than the
+first. Where it is not Salesforce's: the last network is judged, not the best one.
 """
 
 import argparse
@@ -66,28 +67,27 @@ from train.optimizer import OURS, check_optimizer, clip_by_global_norm, optimize
 class Config:
     """Trains a language model. MODEL, --recipe and --data-dir change other defaults."""
 
-    model: Literal["lstm", "qrnn"] = "lstm"
+    model: Literal["lstm", "qrnn"] = "lstm"  # also as the first word, without --model
+    # the optimizer and what belongs to it; adam-l2 is the article's
     recipe: Literal["adam-l2", "adamw", "amsgrad-l2", "amsgradw", "salesforce"] = (
-        "adam-l2"  # the article's
+        "adam-l2"
     )
     data_dir: Path | None = None  # WikiText-2, or text; None: Python's documentation
 
     embedding: int = 400  # width of the embedding and of the last layer
     width: int = 1150  # of the other layers
-    layers: int = 3
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
-    cudnn: bool = False  # LSTM layers by cuDNN, on a GPU of NVIDIA's
-    # probabilities of dropping
-    words_dropout: float = 0.1  # a word, everywhere in the input of a batch
+    layers: int = 3  # of them all
+    # of matrix products; float32 is as the device does it: GPUs round to TF32
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    cudnn: bool = False  # LSTM layers by cuDNN, on one GPU of NVIDIA's
+    words_dropout: float = 0.1  # share of words, dropped everywhere in a batch's input
     input_dropout: float = 0.6  # of the embedded words
     hidden_dropout: float = 0.2  # between layers
-    output_dropout: float = 0.4  # after the last
+    output_dropout: float = 0.4  # after the last layer
     weight_dropout: float = 0.5  # of recurrent kernels; QRNN: of all kernels of layers
     alpha: float = 3.0  # of AR, the mean square of the last layer's output
     beta: float = 1.5  # of TAR, that of its changes from token to token
-    ar: Literal["raw", "dropped"] = (
-        "raw"  # output, before dropout (the article) or after
-    )
+    ar: Literal["raw", "dropped"] = "raw"  # output for AR; dropped: Salesforce's
 
     optimizer: str = "adam"  # of adamw_jax, or by its import path: optax.lion
     learning_rate: float = 5e-3  # the highest
@@ -97,31 +97,31 @@ class Config:
     # more arguments of the optimizer, such as: eps 1e-6
     optimizer_args: dict[str, float] = dataclasses.field(default_factory=dict)
     clip: float = 0.12  # the longest gradient
-    schedule: Literal["plateau", "constant"] = "plateau"  # the article's four phases
+    schedule: Literal["plateau", "constant"] = "plateau"  # plateau: four phases
     div: float = 10.0  # highest learning rate over the first one
     pct: float = 1 / 12  # share of the epochs of the first and of the last phase
     b1: tuple[float, float] = (0.8, 0.7)  # high and low, of ours; momentum of SGD
-    # NT-ASGD: average from when an epoch is worse than the best but the last so many
-    average_after: int | None = None
-    epochs: int = 90
+    average_after: int | None = None  # NT-ASGD: epochs without a better one; None: none
+    epochs: int = 90  # passes over the text
     batch_size: int = 100  # columns of the text
-    bptt: int = 70  # the usual length of a chunk
-    chunks: Literal["article", "salesforce"] = "article"  # see train.text.chunks
-    scale_by_length: bool = False  # the step by a chunk's length over bptt
-    lengths: int = 6  # to which chunks are padded: as many programs
+    bptt: int = 70  # the usual length of a chunk, in tokens
+    # lengths: the first of an epoch is bptt + 25 and its end left out, or all random
+    chunks: Literal["article", "salesforce"] = "article"
+    scale_by_length: bool = False  # multiply a step by its chunk's length over bptt
+    lengths: int = 6  # to which chunks are padded: as many programs are compiled
 
-    # the neural cache that is judged beside the network
-    theta: float = neural_cache.THETA
-    lambda_: float = neural_cache.LAMBDA
-    window: int = neural_cache.WINDOW  # tokens
-    pointer: Literal["article", "salesforce"] = "article"  # see neural_cache.used
+    theta: float = neural_cache.THETA  # of the neural cache: how much the nearest count
+    lambda_: float = neural_cache.LAMBDA  # the cache's share of a probability
+    window: int = neural_cache.WINDOW  # tokens that the cache remembers
+    # when the cache is asked: from the second token on, or with a full window
+    pointer: Literal["article", "salesforce"] = "article"
 
     seed: int = 0  # of the first run: weights, dropout, lengths of chunks
     seeds: int = 1  # runs
     save_every: float = 60.0  # seconds between checkpoints
     tensorboard: bool = False  # also write events for TensorBoard
     out: Path = Path("runs")  # where the folder with the results goes
-    name: str | None = None  # of that folder; None: MODEL-RECIPE
+    name: str | None = None  # of that folder; None: of model, recipe and data
     overwrite: bool = False  # remove an earlier run of that name, also an unfinished
 
 
@@ -177,7 +177,8 @@ def defaults(
         if model == "qrnn":
             settings |= {"layers": 3, "input_dropout": 0.2, "weight_dropout": 0.05}
         if recipe == "salesforce":
-            settings |= {"epochs": 30}
+            # in so short a run, averaging has to begin early to begin at all
+            settings |= {"epochs": 40, "average_after": 1, "pointer": "article"}
         else:
             settings |= {"learning_rate": 1e-2}
     return Config(model=model, recipe=recipe, **settings)
@@ -197,37 +198,32 @@ def check(c: Config) -> None:
         for field in dataclasses.fields(c)
         if get_origin(field.type) is Literal
     }
-    at_least_one = (
-        "embedding",
-        "width",
-        "layers",
-        "epochs",
-        "lengths",
-        "seeds",
-        "window",
-    )
+    counts = ("embedding", "width", "layers", "epochs", "lengths", "seeds", "window")
     alone = f"left alone with {c.optimizer}, which takes it by optimizer_args"
     rules = {
         **{
             name: (getattr(c, name) in allowed, f"one of {', '.join(allowed)}")
             for name, allowed in choices.items()
         },
-        **{name: (getattr(c, name) >= 1, "at least 1") for name in at_least_one},
-        **{name: (getattr(c, name) >= 0, "at least 0") for name in ("alpha", "beta")},
+        **{name: (getattr(c, name) >= 1, "at least 1") for name in counts},
+        **{
+            name: (getattr(c, name) >= 0, "at least 0")
+            for name in ("alpha", "beta", "save_every")
+        },
         "clip": (c.clip > 0, "above 0"),
         "theta": (0 <= c.theta < np.inf, "at least 0"),
         "lambda_": (0 <= c.lambda_ <= 1, "in [0, 1]"),
-        "window": (c.window >= 1, "at least 1"),
         "optimizer": (
             c.optimizer in OURS or "." in c.optimizer,
             f"one of {', '.join(OURS)}, or an import path as optax.lion",
         ),
-        "b1": (c.optimizer in OURS or c.b1 == Config.b1, alone),
+        "b1": (c.optimizer in OURS or c.b1 in (Config.b1, (0.0, 0.0)), alone),
         "b2": (c.optimizer in OURS[:3] or c.b2 == Config.b2, alone),
         "cudnn": (
             not c.cudnn
-            or (jax.default_backend(), c.model, c.dtype) == ("gpu", "lstm", "float32"),
-            "False, unless LSTMs are trained in float32 on a GPU of NVIDIA's",
+            or (jax.default_backend(), jax.device_count(), c.model, c.dtype)
+            == ("gpu", 1, "lstm", "float32"),
+            "False, unless LSTMs are trained in float32 on one GPU of NVIDIA's",
         ),
         "average_after": (
             c.average_after is None or c.average_after >= 1,
@@ -381,7 +377,7 @@ def loss_of(config: Config, net: awd.AWD, hidden, x, y, length, key):
         length,
         config.alpha,
         config.beta,
-        out.raw if config.ar == "raw" else out.dropped,
+        None if config.ar == "raw" else out.dropped,
     )
     return loss + penalties, (loss, out.state)
 
@@ -392,6 +388,7 @@ class Programs(NamedTuple):
     initial_state: Any  # seed -> state
     train: Any  # state, columns, table of chunks, first, beyond, seed -> state, losses
     read: Any  # params, state, tokens, targets -> perplexity.Segment, state
+    glance: Any  # the same in fewer passes, right to four digits or more
 
 
 def build(config: Config, words: int, rows: int) -> Programs:
@@ -470,7 +467,14 @@ def build(config: Config, words: int, rows: int) -> Programs:
         losses = jnp.zeros(len(table))
         return lax.fori_loop(first, beyond, step, (state, losses))
 
-    return Programs(cycle, net, initial_state, train, perplexity.reader(graphdef))
+    return Programs(
+        cycle,
+        net,
+        initial_state,
+        train,
+        perplexity.reader(graphdef),
+        perplexity.reader(graphdef, tolerance=1e-2),
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -486,16 +490,13 @@ def main(config: Config) -> dict[str, Any]:
     corpus = read(config)
     columns = text.columns(corpus.train, config.batch_size)
     programs = build(config, len(corpus.vocabulary), len(columns))
-    name = f"{config.model}-{config.recipe}"
     folder = record.open_folder(
         config,
         "language_model",
-        name,
+        name_of(config),
         FREE,
         vocabulary=vocabulary_hash(corpus.vocabulary),
-        text=hashlib.md5(
-            np.concatenate(corpus[:3]).tobytes(), usedforsecurity=False
-        ).hexdigest(),
+        text=text_hash(corpus),
         tokens=[len(split) for split in corpus[:3]],
     )
     with record.alone(folder):
@@ -511,6 +512,17 @@ def main(config: Config) -> dict[str, Any]:
 
 def seeds_of(config: Config) -> range:
     return range(config.seed, config.seed + config.seeds)
+
+
+def name_of(config: Config) -> str:
+    """Of the folder of a run."""
+    data = f"-{config.data_dir.stem}" if config.data_dir else ""
+    return config.name or f"{config.model}-{config.recipe}{data}"
+
+
+def text_hash(corpus: text.Corpus) -> str:
+    tokens = np.concatenate(corpus[:3]).tobytes()
+    return hashlib.md5(tokens, usedforsecurity=False).hexdigest()
 
 
 def vocabulary_hash(words: tuple[str, ...]) -> str:
@@ -575,7 +587,7 @@ def train_seeds(config, programs, seeds, corpus, columns, folder):
     parameters = sum(p.size for p in jax.tree.leaves(program.state.params))
     print(
         f"{folder}: {parameters:,} parameters, {len(corpus.train):,} tokens, {words:,} "
-        f"words, {cycle.total_steps:,} steps, on {start['devices']}, compiled in "
+        f"words, {cycle.total_steps:,} steps or so, on {start['devices']}, compiled in "
         f"{start['compile_seconds']:.1f} s\n{cycle}",
         flush=True,
     )
@@ -625,7 +637,7 @@ def train_seeds(config, programs, seeds, corpus, columns, folder):
                     sums = np.asarray(state.sums, np.float64)
                     valid_loss = -float(
                         perplexity.log_probs(
-                            programs.read,
+                            programs.glance,
                             parameters_of(state),
                             programs.net.initial_state(1),
                             corpus.valid,
@@ -646,6 +658,8 @@ def train_seeds(config, programs, seeds, corpus, columns, folder):
                             events.add_scalar(key, line[key], step)
                         events.flush()
                 if step == ends[-1] or time.perf_counter() - saved > config.save_every:
+                    if not np.isfinite(norm := float(optax.tree.norm(state.params))):
+                        stop(config, cycle, folder, seed, step - 1, norm)
                     checkpoint.save(checkpoints, step, state)
                     saved = time.perf_counter()
                 left = (len(seeds) - run) * int(ends[-1]) - step
@@ -731,6 +745,7 @@ def stop(config, cycle, folder, seed, step, loss):
 class Trained(NamedTuple):
     config: Config
     vocabulary: tuple[str, ...]
+    text: str | None  # the hash of what it was trained on
     seed: int
     step: int  # of the checkpoint
     ended: bool  # False: the run has yet to go on
@@ -757,7 +772,11 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     config = Config(**{key: settings[key] for key in fields if key in settings})
     data_dir = config.data_dir and Path(config.data_dir)
     config = dataclasses.replace(
-        config, data_dir=data_dir, out=Path(config.out), b1=tuple(config.b1)
+        config,
+        data_dir=data_dir,
+        out=Path(config.out),
+        b1=tuple(config.b1),
+        cudnn=config.cudnn and jax.default_backend() == "gpu",  # the same numbers
     )
     checkpoints = folder / "checkpoints"
     seeds = sorted(
@@ -786,7 +805,8 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     restored = checkpoint.read(checkpoints / str(seed), like)
     state = State(**restored, opt=(), hidden=())
     step, params = int(state.step), parameters_of(state)
-    return Trained(config, words, seed, step, ended, graphdef, params)
+    texts = settings.get("text")
+    return Trained(config, words, texts, seed, step, ended, graphdef, params)
 
 
 # ---------------------------------------------------------------------------
@@ -879,7 +899,8 @@ def report(config: Config, cycle: Phases, corpus, folder: Path) -> dict[str, Any
         "compilation."
     )
     if results.get("article"):
-        print(f"The article's, without and with cache: {results['article']}.")
+        numbers = [f"{x[0]} / {x[1]}" for x in results["article"] if x]
+        print(f"Published, with the cache behind: {', '.join(numbers)}.")
     print(f"Wrote {folder}.", flush=True)
     return results
 

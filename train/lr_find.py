@@ -92,7 +92,7 @@ class LanguageModel:
     optimizer: Literal["adamw", "adam-l2", "amsgradw", "amsgrad-l2", "sgd"] = "adam-l2"
     weight_decay: float | None = None  # None: adamw .03, the L2s and sgd about 1e-6
     first: float = 1e-4  # learning rate of the first step
-    last: float = 10.0  # learning rate that would follow on the last step
+    last: float = 10.0  # rate that would follow on the last step; for sgd say 1000
     steps: int = 300  # one epoch of WikiText-2 has 297
     smoothing: float = 0.95  # share of the old in the moving average of the loss
     seed: int = 0  # of the initial weights and of dropout

@@ -16,14 +16,14 @@ from train.cifar10 import RECIPES
 def table(folder: Path) -> str:
     """Markdown, from each results.json in the folders in it."""
     runs = [json.loads(path.read_text()) for path in folder.glob("*/results.json")]
-    if images := [run for run in runs if run.get("recipe") in RECIPES]:
-        return cifar10(images)
-    if texts := [run for run in runs if run.get("recipe") in language_model.RECIPES]:
-        return language_models(texts)
-    raise ValueError(
-        "folder must have runs of train.cifar10 or train.language_model in it, got "
-        f"{folder}"
-    )
+    images = [run for run in runs if run.get("recipe") in RECIPES]
+    texts = [run for run in runs if run.get("recipe") in language_model.RECIPES]
+    if bool(images) == bool(texts):
+        raise ValueError(
+            "folder must have runs of train.cifar10 or of train.language_model in it, "
+            f"got {folder}"
+        )
+    return cifar10(images) if images else language_models(texts)
 
 
 def cifar10(runs: list[dict[str, Any]]) -> str:
@@ -48,13 +48,16 @@ def cifar10(runs: list[dict[str, Any]]) -> str:
 
 def language_models(runs: list[dict[str, Any]]) -> str:
     """Perplexities, validation / test."""
-    head = ("model, recipe", "published", "with cache", "measured", "with cache")
+    head = ("model, recipe", "published", "with cache", "measured", "with cache", "n")
     rows: list[tuple[str, ...]] = [
-        (*head, "n", "s of training", "not as in the recipe")
+        (*head, "epochs", "s of training", "not as in the recipe")
     ]
     order = [(m, r) for m in ("lstm", "qrnn") for r in language_model.RECIPES]
     for run in sorted(runs, key=lambda run: order.index((run["model"], run["recipe"]))):
         plain, cached = run.get("article") or (None, None)
+        small, changed = run["tokens"] != language_model.WIKITEXT2, dict(run["changed"])
+        recipe = language_model.defaults(run["model"], run["recipe"], small)
+        epochs = changed.pop("epochs", recipe.epochs)
         rows.append(
             (
                 f"{run['model']}, {run['recipe']}",
@@ -64,15 +67,16 @@ def language_models(runs: list[dict[str, Any]]) -> str:
                     for key in ("perplexity", "with_cache")
                 ),
                 str(run["n"]),
+                str(epochs),
                 f"{run['train_seconds']:.0f}",
-                listed(run["changed"]),
+                listed(changed),
             )
         )
     ngrams = {
         f"{run['valid']['n-gram']:.2f} / {run['test']['n-gram']:.2f}" for run in runs
     }
     baseline = ("Kneser-Ney 5-grams", "–", "–", " and ".join(sorted(ngrams)))
-    return report.markdown([*rows, (*baseline, "–", "–", "–", "–")])
+    return report.markdown([*rows, (*baseline, "–", "–", "–", "–", "–")])
 
 
 def spread(numbers: dict[str, Any]) -> str:
@@ -85,4 +89,6 @@ def listed(changed: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     print(table(Path(sys.argv[1])))

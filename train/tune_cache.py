@@ -89,6 +89,11 @@ def read(config: Config, trained: language_model.Trained):
             f"is not that of {config.folder} ({len(trained.vocabulary):,} words), "
             "which has learned another text"
         )
+    if language_model.text_hash(corpus) != trained.text:
+        raise ValueError(
+            f"data_dir: {data_dir} has the words of {config.folder} in other texts: "
+            "were they changed?"
+        )
     return corpus
 
 
