@@ -69,7 +69,7 @@ def judged(folder, split, window, theta, lambda_):
     )
     return language_model.judge(
         config,
-        language_model.Programs(None, net, None, None, read),
+        language_model.Programs(None, net, None, None, read, read),
         language_model.State(0, trained.params, None, None, None, None, -1),
         getattr(text.wikitext2(trained.config.data_dir), split),
     )
@@ -297,3 +297,11 @@ def test_the_command_line(copy, cache):
     assert content["windows"] == [5, 20] and content["thetas"] == [0.5, 1.0]
     assert content["lambdas"] == [0.2]
     assert f"{content['test']['tuned']:.2f}\n" in done.stdout
+
+
+def test_other_texts_of_the_same_words_are_refused(run, tmp_path):
+    data_dir = shutil.copytree(run.parent, tmp_path / "text")
+    valid, test = (data_dir / f"{name}.txt" for name in ("valid", "test"))
+    valid.write_text(test.read_text())
+    with pytest.raises(ValueError, match="in other texts: were they changed"):
+        tune_cache.main(tune_cache.Config(run, data_dir=data_dir))
