@@ -93,4 +93,4 @@ tuned = tune_cache.main(tune_cache.Config(run))
 # **Read** what was trained.
 
 # %%
-generate.main(generate.Config(run, prompt="the value of the", tokens=150));
+texts = generate.main(generate.Config(run, prompt="the value of the", tokens=150))

@@ -97,9 +97,9 @@ def test_the_commands_for_language_models(measure, tmp_path, data):
         if module == "train.language_model":
             config = script.config_of(args)
             runs[config.name] = config
-            assert (
-                config.out == out and config.name == f"{config.model}-{config.recipe}"
-            )
+            name = f"{config.model}-{config.recipe}"
+            name += "-bfloat16" * (config.dtype == "bfloat16")
+            assert (config.out, config.name) == (out, name)
             assert config.data_dir == (data and tmp_path / data)
             assert config.embedding == (400 if data else 128)
         elif module == "train.tune_cache":
@@ -110,13 +110,15 @@ def test_the_commands_for_language_models(measure, tmp_path, data):
             tuned.append(config.folder.name)
         else:
             config = tyro.cli(script.Cifar10 | script.LanguageModel, args=args)
-            timed.append((config.task, config.model))
+            timed.append((config.model, config.cudnn, config.dtype))
     recipes = {"adam-l2", "adamw", "amsgrad-l2", "amsgradw"}
     recipes |= set() if data else {"salesforce"}
-    assert set(runs) == {f"{m}-{r}" for m in ("lstm", "qrnn") for r in recipes}
+    names = {f"{m}-{r}" for m in ("lstm", "qrnn") for r in recipes}
+    assert set(runs) == names | (set() if data else {"lstm-adamw-bfloat16"})
     assert {config.seeds for config in runs.values()} == {1 if data else 3}
     assert tuned == ["lstm-adam-l2", "qrnn-adam-l2"]
-    expected = [("language_model", model) for model in ("lstm", "qrnn")]
+    expected = [(model, False, "float32") for model in ("lstm", "qrnn")]
+    expected += [("lstm", True, "float32"), ("lstm", False, "bfloat16")]
     assert timed == (expected if data else [])
     if data is None:  # what failed is done again, and nothing else
         _, commands = measure(*command)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import optax
 
-from train import tabulate
+from train import record, tabulate
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -30,6 +30,22 @@ def test_the_tables_of_cifar10():
     assert (results / "bench-cpu" / "bench.md").read_text("utf-8").strip() in text
     found = json.loads((results / "lr-find-cpu" / "lr_find.json").read_text("utf-8"))
     assert f"Suggested learning rate: {found['suggestion']:.2g}" in text
+
+
+def test_the_tables_of_language_models():
+    text = README.read_text("utf-8")
+    results = README.parent / "results"
+    assert tabulate.table(results / "language_model" / "cpu") in text
+    for name in ("article", "lstm", "qrnn"):
+        folder = results / "language_model" / f"bench-{name}-cpu"
+        assert (folder / "bench.md").read_text("utf-8").strip() in text
+    for model in ("lstm", "qrnn"):
+        path = results / "language_model" / "cpu" / f"{model}-adam-l2" / "cache-0.json"
+        tuned = json.loads(path.read_text("utf-8"))
+        best = " / ".join(f"{tuned[split]['tuned']:.2f}" for split in ("valid", "test"))
+        assert best in text
+    (epoch,) = record.lines_of(results / "wikitext2" / "cpu-first-epoch", "epoch", 0)
+    assert f"validation loss {epoch['valid_loss']:.3f}" in text
 
 
 def test_code_blocks(lenient):

@@ -52,6 +52,10 @@ if [ $# -gt 1 ]; then
     part "bench-$model" bench language_model --model $model --overwrite \
       --out "$out" --name "bench-$model"
   done
+  part bench-cudnn bench language_model --cudnn --overwrite --out "$out" \
+    --name bench-cudnn
+  part bench-bfloat16 bench language_model --dtype bfloat16 --overwrite \
+    --out "$out" --name bench-bfloat16
   for model in lstm qrnn; do
     cache $model adam-l2
     for recipe in adamw amsgrad-l2 amsgradw; do
@@ -67,5 +71,7 @@ else
   for model in lstm qrnn; do
     cache $model adam-l2
   done
+  part lstm-adamw-bfloat16 language_model lstm --recipe adamw --dtype bfloat16 \
+    --seeds "${SEEDS:-3}" --out "$out" --name lstm-adamw-bfloat16
 fi
 exit $failed

@@ -15,7 +15,8 @@ from train.cifar10 import RECIPES
 
 def table(folder: Path) -> str:
     """Markdown, from each results.json in the folders in it."""
-    runs = [json.loads(path.read_text()) for path in folder.glob("*/results.json")]
+    paths = sorted(folder.glob("*/results.json"))
+    runs = [json.loads(path.read_text()) for path in paths]
     images = [run for run in runs if run.get("recipe") in RECIPES]
     texts = [run for run in runs if run.get("recipe") in language_model.RECIPES]
     if bool(images) == bool(texts):
