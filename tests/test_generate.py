@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -419,3 +420,11 @@ def test_load_refuses_what_is_no_run(copy, tmp_path):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(ValueError, match="of seed 0 yet, nor any other$"):
         language_model.load(copy)
+
+
+def test_the_folder_may_be_relative(run, monkeypatch):
+    """As on the command line: runs/NAME."""
+    absolute = language_model.load(run)
+    monkeypatch.chdir(run.parent)
+    relative = language_model.load(Path(run.name))
+    same(relative.params, absolute.params)

@@ -54,7 +54,7 @@ def restore(checkpoints: ocp.training.Checkpointer, like: Any) -> Any:
 
 def latest(folder: Path) -> Any:
     """The last complete checkpoint in a folder, with its step and path, or None."""
-    found = ocp.path.step.standard_name_format().find_all(folder)
+    found = ocp.path.step.standard_name_format().find_all(folder.absolute())
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
 
 
