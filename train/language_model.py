@@ -708,7 +708,8 @@ def judge(config: Config, programs: Programs, state: State, tokens) -> dict[str,
     n = len(tokens) - 1
     plain, cached = (np.concatenate(parts)[:n] for parts in (plain, cached))
     used = neural_cache.used(np.arange(n), config.window, config.pointer)
-    mixed = np.asarray(neural_cache.mixed(plain, cached, used, config.lambda_))
+    mixed = neural_cache.mixed(plain, cached, used, config.lambda_)
+    mixed = np.asarray(mixed, np.float64)
     whole = n // ARTICLE_CHUNK * ARTICLE_CHUNK
 
     def of(log_probs):
