@@ -40,7 +40,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamw_jax import Phases, apply_updates, one_cycle
 from train import batches, checkpoint, data, devices, plots, record, tta
-from train.optimizer import OURS, check_optimizer, optimizer_of
+from train.optimizer import OURS, check_optimizer, optimizer_of, rate_alone
+from train.report import spread, summary
 from train.wide_resnet import WideResNet
 
 # ---------------------------------------------------------------------------
@@ -198,10 +199,7 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
         b1=config.b1,
         b2=config.b2 if config.optimizer in OURS[:3] else None,
     )
-    if config.optimizer in OURS:
-        return cycle
-    rate_alone = [dataclasses.replace(phase, b1=None) for phase in cycle.phases]
-    return Phases(rate_alone, steps_per_epoch)
+    return cycle if config.optimizer in OURS else rate_alone(cycle, steps_per_epoch)
 
 
 # ---------------------------------------------------------------------------
@@ -534,8 +532,7 @@ def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
         run["train_seconds"] = sum(line["seconds"] for line in epochs)
         run["plain_accuracy"] = epochs[-1]["accuracy"]
     accuracies = [run["accuracy"] for run in runs]
-    n, mean = len(runs), float(np.mean(accuracies))
-    std = float(np.std(accuracies, ddof=1)) if n > 1 else None
+    n = len(runs)
     seconds = float(np.mean([run["train_seconds"] for run in runs]))
     recipe = RECIPES[config.recipe]
     changed = {
@@ -550,7 +547,7 @@ def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
         "recipe": config.recipe,
         "changed": changed,  # what is not as in the recipe
         "n": n,
-        "accuracy": {"mean": mean, "std": std, "runs": accuracies},
+        "accuracy": summary(accuracies),
         "train_seconds": seconds,
         "compile_seconds": [start["compile_seconds"] for start in starts],
         "article": ARTICLE[config.recipe],
@@ -560,12 +557,12 @@ def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
     }
     record.write_json(folder / "results.json", results)
     draw(config, cycle, folder)
-    spread = f" ± {std:.2f}" if std is not None else ""
     each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
     other = ", ".join(f"{key} {value}" for key, value in changed.items())
     print(
-        f"{config.recipe}{f' with {other}' if other else ''}: {mean:.2f}{spread} % "
-        f"(n = {n}: {each}){' with test-time augmentation' if config.tta else ''}, "
+        f"{config.recipe}{f' with {other}' if other else ''}: "
+        f"{spread(results['accuracy'])} % (n = {n}: {each})"
+        f"{' with test-time augmentation' if config.tta else ''}, "
         f"{seconds:.1f} s of training each on {results['devices']}, after "
         f"{starts[-1]['compile_seconds']:.1f} s of compilation.\n"
         f"The article's: {ARTICLE[config.recipe]}.\nWrote {folder}.",

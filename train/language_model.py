@@ -56,7 +56,14 @@ from train import (
     record,
     text,
 )
-from train.optimizer import OURS, check_optimizer, clip_by_global_norm, optimizer_of
+from train.optimizer import (
+    OURS,
+    check_optimizer,
+    clip_by_global_norm,
+    optimizer_of,
+    rate_alone,
+)
+from train.report import spread, summary
 
 # ---------------------------------------------------------------------------
 # config
@@ -339,10 +346,7 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
             b1=config.b1,
             b2=b2,
         )
-    if config.optimizer in OURS:
-        return cycle
-    rate_alone = [dataclasses.replace(phase, b1=None) for phase in cycle.phases]
-    return Phases(rate_alone, steps_per_epoch)
+    return cycle if config.optimizer in OURS else rate_alone(cycle, steps_per_epoch)
 
 
 # ---------------------------------------------------------------------------
@@ -874,20 +878,14 @@ def report(config: Config, cycle: Phases, corpus, folder: Path) -> dict[str, Any
         }
         for key in ("perplexity", "with_cache"):
             values = [run[split][key] for run in runs]
-            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            mean = float(np.mean(values))
-            results[split][key] = {"mean": mean, "std": std, "runs": values}
+            results[split][key] = summary(values)
     if results["tokens"] == WIKITEXT2:
         results["article"] = ARTICLE.get((config.model, config.recipe))
     record.write_json(folder / "results.json", results)
     draw(config, cycle, folder)
 
     def show(key: str) -> str:
-        both = (results[split][key] for split in ("valid", "test"))
-        return " / ".join(
-            f"{x['mean']:.2f}" + (f" ± {x['std']:.2f}" if x["std"] is not None else "")
-            for x in both
-        )
+        return " / ".join(spread(results[split][key]) for split in ("valid", "test"))
 
     other = "".join(f", {key} {value}" for key, value in changed.items())
     ngrams = f"{results['valid']['n-gram']:.2f} / {results['test']['n-gram']:.2f}"

@@ -1,5 +1,6 @@
 """The optimizer that a configuration names."""
 
+import dataclasses
 import importlib
 import inspect
 from typing import Any
@@ -50,6 +51,12 @@ def optimizer_of(config: Any, cycle: Phases) -> optax.GradientTransformation:
             f"optimizer: {config.optimizer} is not a transformation of gradients"
         )
     return tx
+
+
+def rate_alone(cycle: Phases, steps_per_epoch: int) -> Phases:
+    """For optimizers that are not ours, of which nothing else is driven."""
+    phases = [dataclasses.replace(phase, b1=None) for phase in cycle.phases]
+    return Phases(phases, steps_per_epoch)
 
 
 def check_optimizer(config: Any, tx: optax.GradientTransformation, params: Any) -> None:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 NAMES = {  # name: (optimizer, kind of decay, both in short)
     "sgd": ("SGD, momentum", "L2", "SGD + L2"),
     "adam-l2": ("Adam", "L2", "Adam + L2"),
@@ -85,6 +87,18 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
         for row in (rows[0], line, *rows[1:])
     )
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation of runs; None where there is one."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "runs": values}
+
+
+def spread(numbers: dict[str, Any]) -> str:
+    """Of a `summary`: 94.12 ± 0.15."""
+    deviation = f" ± {numbers['std']:.2f}" if numbers["std"] is not None else ""
+    return f"{numbers['mean']:.2f}{deviation}"
 
 
 def notes(results: dict[str, Any]) -> list[str]:

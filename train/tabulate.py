@@ -37,7 +37,7 @@ def cifar10(runs: list[dict[str, Any]]) -> str:
             (
                 run["recipe"],
                 run["article"],
-                f"{spread(run['accuracy'])} (n = {run['n']})",
+                f"{report.spread(run['accuracy'])} (n = {run['n']})",
                 " ".join(f"{value:.2f}" for value in run["accuracy"]["runs"]),
                 str(epochs),
                 f"{run['train_seconds']:.0f}",
@@ -64,7 +64,9 @@ def language_models(runs: list[dict[str, Any]]) -> str:
                 f"{run['model']}, {run['recipe']}",
                 *(" / ".join(map(str, x)) if x else "–" for x in (plain, cached)),
                 *(
-                    " / ".join(spread(run[split][key]) for split in ("valid", "test"))
+                    " / ".join(
+                        map(report.spread, (run["valid"][key], run["test"][key]))
+                    )
                     for key in ("perplexity", "with_cache")
                 ),
                 str(run["n"]),
@@ -78,11 +80,6 @@ def language_models(runs: list[dict[str, Any]]) -> str:
     }
     baseline = ("Kneser-Ney 5-grams", "–", "–", " and ".join(sorted(ngrams)))
     return report.markdown([*rows, (*baseline, "–", "–", "–", "–", "–")])
-
-
-def spread(numbers: dict[str, Any]) -> str:
-    deviation = f" ± {numbers['std']:.2f}" if numbers["std"] is not None else ""
-    return f"{numbers['mean']:.2f}{deviation}"
 
 
 def listed(changed: dict[str, Any]) -> str:
