@@ -5,8 +5,11 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
+
+from train import data, images
 
 TRAIN = Path(__file__).parents[1] / "train"
 SCRIPT = TRAIN / "measure_cifar10.sh"
@@ -123,3 +126,72 @@ def test_the_commands_for_language_models(measure, tmp_path, data):
     if data is None:  # what failed is done again, and nothing else
         _, commands = measure(*command)
         assert [words[4] for words in commands[:-1]] == ["salesforce"] * 2
+
+
+@pytest.mark.parametrize("weights", [None, "WEIGHTS.pth"])
+def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
+    """From scratch, CIFAR-10's body, and what is begun with that or with the file."""
+    out, given = tmp_path / "out", tmp_path / "given"
+    given.mkdir()
+    monkeypatch.setenv("NETWORK", "--architecture resnet18 --width 16")
+    monkeypatch.setenv("EPOCHS", "12")
+    command = [TRAIN / "measure_cars.sh", out, given / "CARS", given / "CIFAR"]
+    command += [given / weights] if weights else []
+    status, commands = measure(*command, fail="scratch-adamw")
+    assert status == 1
+    runs, timed = {}, {}
+    for words in commands[:-1]:
+        if words[0] == "-":  # writes CIFAR-10 as images
+            assert words[1:] == [str(given / "CIFAR"), str(out / "cifar10-images")]
+            continue
+        script = importlib.import_module(words[1])
+        if words[1] == "train.bench_images":
+            config = tyro.cli(script.Config, args=words[2:])
+            timed[config.name] = config.architecture, config.width, config.size
+        else:
+            config = script.config_of(words[2:])
+            runs[config.name] = config
+        assert config.out == out
+    own = {"bench-224": ("resnet50", 64, 224)} if weights else {}
+    assert timed == {"bench": ("resnet18", 16, 128)} | own
+    names = ["scratch-adam-l2", "scratch-adamw", "cifar10-body"]
+    names += ["cifar10-body-adam-l2", "cifar10-body-adamw"]
+    names += ["adam-l2", "adamw"] if weights else []
+    assert list(runs) == names
+    for name, config in runs.items():
+        assert config.recipe == ("adamw" if "adam-l2" not in name else "adam-l2")
+        own = name in ("adam-l2", "adamw")
+        expected = ("resnet50", 64) if own else ("resnet18", 16)
+        assert (config.architecture, config.width) == expected
+        if own:  # the article's
+            assert config.weights == given / "WEIGHTS.pth"
+            assert (config.frozen_epochs, config.epochs, config.size) == (None, 40, 224)
+        elif name.startswith("cifar10-body-"):
+            assert config.weights == out / "cifar10-body" / "model-0.safetensors"
+            assert config.frozen_epochs + config.epochs == 12
+        else:
+            assert config.weights is None
+        where = out / "cifar10-images" if name == "cifar10-body" else given / "CARS"
+        assert config.data_dir == where
+    _, commands = measure(*command)  # what failed is done again
+    again = [
+        words[words.index("--name") + 1] for words in commands if "--name" in words
+    ]
+    assert again == ["scratch-adamw"]
+
+
+def test_cifar10_as_a_folder_for_each_class(cifar_dir, tmp_path, monkeypatch):
+    """As the script writes it, and train.images reads it: to the last pixel."""
+    script = (TRAIN / "measure_cars.sh").read_text()
+    code = script.split("<<'EOF'")[1].split("EOF")[0].partition("\n")[2]
+    monkeypatch.setattr("sys.argv", ["-", str(cifar_dir), str(tmp_path / "images")])
+    exec(compile(code, "measure_cars.sh", "exec"), {})
+    pictures = images.read(tmp_path / "images")
+    train, test = data.read_cifar10(cifar_dir)
+    assert pictures.split == "the images of test/"
+    for files, expected in ((pictures.train, train), (pictures.valid, test)):
+        order = np.argsort([path.name for path in files.paths])
+        np.testing.assert_array_equal(files.labels[order], expected.y)
+        for i, at in enumerate(order):
+            x = np.asarray(images.open_image(files.paths[at]))
+            np.testing.assert_array_equal(x, expected.x[i])

@@ -36,4 +36,4 @@ def test_notebook(path):
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["cifar10", "language_model"]
+    assert [path.stem for path in NOTEBOOKS] == ["cars", "cifar10", "language_model"]

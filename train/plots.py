@@ -121,8 +121,10 @@ def curves(test: dict[str, Any], cycle: Any, target: float, path: Path) -> None:
     figure.savefig(path)
 
 
-def training(lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path) -> None:
-    """Loss and accuracy of the runs in a log of `train.cifar10`; the phases beneath."""
+def training(
+    lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path, held_out="test"
+) -> None:
+    """Loss and accuracy of the runs in a log of images; the phases beneath."""
     figure = Figure(figsize=(9, 9), layout="constrained", dpi=120)
     loss, accuracy, phase = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
     seeds = sorted({line["seed"] for line in lines if line["event"] == "epoch"})
@@ -130,13 +132,13 @@ def training(lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path) -
         run = [x for x in lines if x["event"] == "epoch" and x["seed"] == seed]
         epoch, train, test, right = (
             [line[key] for line in run]
-            for key in ("epoch", "loss", "test_loss", "accuracy")
+            for key in ("epoch", "loss", f"{held_out}_loss", "accuracy")
         )
         first = seed == seeds[0]
         options: dict[str, Any] = {"lw": 1.5, "alpha": max(0.3, 1 / len(seeds))}
         for values, colour, label in (
             (train, COLOURS["adamw"], "training, with augmentation"),
-            (test, COLOURS["adam-l2"], "test"),
+            (test, COLOURS["adam-l2"], held_out),
         ):
             label = label if first else None
             loss.plot(epoch, values, "o-", ms=3, color=colour, label=label, **options)
@@ -156,7 +158,7 @@ def training(lines: list[dict[str, Any]], cycle: Any, epochs: int, path: Path) -
     loss.set_yscale("log")
     loss.set_ylabel("loss")
     loss.legend(frameon=False)
-    accuracy.set_ylabel("test accuracy, %")
+    accuracy.set_ylabel(f"{held_out} accuracy, %")
 
     momentum = _phases(phase, cycle, epochs)
     for ax in (loss, accuracy, phase, momentum):

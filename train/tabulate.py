@@ -2,6 +2,7 @@
 
 python -m train.tabulate results/cifar10/cpu             # of train.cifar10
 python -m train.tabulate results/language_model/cpu      # of train.language_model
+python -m train.tabulate results/cars/cpu                # of train.cars
 """
 
 import json
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train import language_model, report
+from train import cars, language_model, report
 from train.cifar10 import RECIPES
 
 
@@ -17,14 +18,18 @@ def table(folder: Path) -> str:
     """Markdown, from each results.json in the folders in it."""
     paths = sorted(folder.glob("*/results.json"))
     runs = [json.loads(path.read_text()) for path in paths]
-    images = [run for run in runs if run.get("recipe") in RECIPES]
-    texts = [run for run in runs if run.get("recipe") in language_model.RECIPES]
-    if bool(images) == bool(texts):
+    kinds = {
+        "train.cifar10": (cifar10, [r for r in runs if r.get("recipe") in RECIPES]),
+        "train.language_model": (language_models, [r for r in runs if "words" in r]),
+        "train.cars": (pictures, [r for r in runs if "weights" in r]),
+    }
+    found = [kind for kind in kinds.values() if kind[1]]
+    if len(found) != 1:
         raise ValueError(
-            "folder must have runs of train.cifar10 or of train.language_model in it, "
-            f"got {folder}"
+            f"folder must have runs of one of {', '.join(kinds)} in it, got {folder}"
         )
-    return cifar10(images) if images else language_models(texts)
+    ((rows_of, runs),) = found
+    return rows_of(runs)
 
 
 def cifar10(runs: list[dict[str, Any]]) -> str:
@@ -80,6 +85,34 @@ def language_models(runs: list[dict[str, Any]]) -> str:
     }
     baseline = ("Kneser-Ney 5-grams", "–", "–", " and ".join(sorted(ngrams)))
     return report.markdown([*rows, (*baseline, "–", "–", "–", "–", "–")])
+
+
+def pictures(runs: list[dict[str, Any]]) -> str:
+    """Accuracies of fine-tuned and other ResNets."""
+    head = ("recipe", "begun with", "the article's, %", "measured, %")
+    rows: list[tuple[str, ...]] = [
+        (*head, "with augmentation", "n", "epochs", "s of training")
+        + ("not as in the recipe",)
+    ]
+    for run in sorted(runs, key=lambda run: (run["weights"] or "", run["recipe"])):
+        changed = dict(run["changed"])
+        frozen, epochs = (changed.pop(k, None) for k in ("frozen_epochs", "epochs"))
+        frozen = frozen or (0 if frozen == 0 or not run["weights"] else 20)
+        epochs = epochs or cars.Config.epochs
+        rows.append(
+            (
+                run["recipe"],
+                run["weights"] or "random weights",
+                run.get("article", "–"),
+                report.spread(run["accuracy"]),
+                report.spread(run["tta_accuracy"]),
+                str(run["n"]),
+                f"{frozen} + {epochs}" if frozen else str(epochs),
+                f"{run['train_seconds']:.0f}",
+                listed(changed),
+            )
+        )
+    return report.markdown(rows)
 
 
 def listed(changed: dict[str, Any]) -> str:
