@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ._torch import Layout as Layout
+from ._torch import flax_layout as flax_layout
 from .hyperparams import HyperparamsState as HyperparamsState
 from .hyperparams import current_hyperparams as current_hyperparams
 from .hyperparams import override_hyperparams as override_hyperparams
@@ -28,6 +30,14 @@ from .phases import one_cycle_torch as one_cycle_torch
 from .phases import range_test as range_test
 from .rounding import round_updates_stochastically as round_updates_stochastically
 from .rounding import stochastic_round as stochastic_round
+from .torch_optimizer import (
+    optimizer_from_torch_state_dict as optimizer_from_torch_state_dict,
+)
+from .torch_optimizer import phases_from_torch_scheduler as phases_from_torch_scheduler
+from .torch_state import from_torch_state_dict as from_torch_state_dict
+from .torch_state import params_from_torch_state_dict as params_from_torch_state_dict
+from .torch_state import params_to_torch_state_dict as params_to_torch_state_dict
+from .torch_state import to_torch_state_dict as to_torch_state_dict
 from .transforms import ScaleByAdamState as ScaleByAdamState
 from .transforms import ScaleByAmsgradState as ScaleByAmsgradState
 from .transforms import TraceState as TraceState

@@ -1,0 +1,943 @@
+"""Runs that change the library half-way against those that stay, and the bits.
+
+The network is a tiny MLP with a norm, its gradients are real ones: an error in a
+moment, a count or a group would grow.
+"""
+
+import copy
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+from torch.nn import functional as F
+
+import adamw_jax as aj
+
+BEFORE, AFTER = 7, 9  # steps in the one library, then in the other
+LR, DECAY = 1e-2, 0.3
+rng = np.random.default_rng(0)
+X, Y = rng.normal(size=(16, 4)), rng.normal(size=(16, 3))
+
+OPTIMIZERS = {
+    "adam": (torch.optim.Adam, {}),
+    "adam-l2": (torch.optim.Adam, {"weight_decay": DECAY}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": DECAY, "betas": (0.8, 0.99)}),
+    "amsgrad-l2": (torch.optim.Adam, {"weight_decay": DECAY, "amsgrad": True}),
+    "amsgradw": (torch.optim.AdamW, {"weight_decay": DECAY, "amsgrad": True}),
+    "sgd": (torch.optim.SGD, {}),
+    "sgd-momentum": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": DECAY}),
+    "sgd-nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adamw-maximize": (torch.optim.AdamW, {"maximize": True, "eps": 1e-3}),
+}
+SCHEDULES = ("constant", "onecycle")
+CELLS = [(name, schedule) for name in OPTIMIZERS for schedule in SCHEDULES]
+
+
+# ---------------------------------------------------------------------------
+# the same run in two libraries
+# ---------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1 = torch.nn.Linear(4, 5, dtype=dtype)
+        self.norm = torch.nn.LayerNorm(5, dtype=dtype)
+        self.fc2 = torch.nn.Linear(5, 3, dtype=dtype)
+
+    def forward(self, x):
+        return self.fc2(self.norm(torch.tanh(self.fc1(x))))
+
+
+def loss_fn(params, x, y):
+    """`Net` and the mean squared error."""
+    fc1, norm, fc2 = params["fc1"], params["norm"], params["fc2"]
+    h = jnp.tanh(x @ fc1["kernel"] + fc1["bias"][None])
+    h = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5)
+    h = h * norm["scale"][None] + norm["bias"][None]
+    return ((h @ fc2["kernel"] + fc2["bias"][None] - y) ** 2).mean()
+
+
+def empty(dtype=jnp.float32):
+    return {
+        "fc1": {"kernel": jnp.zeros((4, 5), dtype), "bias": jnp.zeros(5, dtype)},
+        "norm": {"scale": jnp.zeros(5, dtype), "bias": jnp.zeros(5, dtype)},
+        "fc2": {"kernel": jnp.zeros((5, 3), dtype), "bias": jnp.zeros(3, dtype)},
+    }
+
+
+def torch_setup(name, schedule="constant", groups=True, dtype=torch.float64):
+    """A network, its optimizer and its scheduler."""
+    net = Net(dtype)
+    cls, options = OPTIMIZERS[name]
+    named = list(net.named_parameters())
+    if groups:  # matrices; all else without decay and at half the rate
+        named = [
+            {"params": [(n, p) for n, p in named if p.ndim > 1]},
+            {
+                "params": [(n, p) for n, p in named if p.ndim == 1],
+                "lr": LR / 2,
+                "weight_decay": 0.0,
+            },
+        ]
+    opt, scheduler = cls(named, lr=LR, **options), None
+    if schedule == "onecycle":
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            opt,
+            [group["lr"] for group in opt.param_groups],
+            total_steps=BEFORE + AFTER + 2,
+            cycle_momentum=name != "sgd",
+        )
+    return net, opt, scheduler
+
+
+def torch_train(net, opt, scheduler, steps, skip=()):
+    """A parameter of which skip has the name gets no gradient."""
+    dtype = next(net.parameters()).dtype
+    for _ in range(steps):
+        opt.zero_grad()
+        F.mse_loss(
+            net(torch.tensor(X, dtype=dtype)), torch.tensor(Y, dtype=dtype)
+        ).backward()
+        for name, p in net.named_parameters():
+            if name in skip:
+                p.grad = None
+        opt.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def jax_train(tx, params, state, steps):
+    def step(carry, _):
+        params, state = carry
+        x, y = jnp.asarray(X, dtype), jnp.asarray(Y, dtype)
+        updates, state = tx.update(jax.grad(loss_fn)(params, x, y), state, params)
+        return (aj.apply_updates(params, updates), state), None
+
+    dtype = params["fc1"]["bias"].dtype
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps)[0])
+    return run((params, state))
+
+
+def read_back(params):
+    """A network in PyTorch with our weights."""
+    net = Net(torch.float64)
+    net.load_state_dict(aj.params_to_torch_state_dict(params, list(net.state_dict())))
+    return net
+
+
+def scheduled(opt, scheduler):
+    """What goes on in JAX: the rate, and the steps that schedules have done."""
+    if scheduler is None:
+        return {"learning_rate": None}
+    groups = opt.state_dict()["param_groups"]
+    return {
+        "learning_rate": aj.phases_from_torch_scheduler(scheduler.state_dict(), groups)
+    }
+
+
+def assert_same_run(net, stayed):
+    start = Net()
+    for p, q, p0 in zip(
+        net.parameters(), stayed.parameters(), start.parameters(), strict=True
+    ):
+        travelled = (q - p0).abs().max()
+        assert travelled > 1e-4
+        assert (p - q).abs().max() <= 1e-12 * travelled
+
+
+@pytest.mark.parametrize(("name", "schedule"), CELLS)
+def test_begun_in_pytorch(x64, name, schedule):
+    net, opt, scheduler = torch_setup(name, schedule)
+    torch_train(net, opt, scheduler, BEFORE)
+    saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
+    params = aj.params_from_torch_state_dict(saved[0], empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(
+        saved[1], params, step=BEFORE, **scheduled(opt, scheduler)
+    )
+    params, _ = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, scheduler, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+@pytest.mark.parametrize(("name", "schedule"), CELLS)
+def test_begun_in_jax(x64, name, schedule):
+    net, opt, scheduler = torch_setup(name, schedule)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(
+        opt.state_dict(), params, step=0, **scheduled(opt, scheduler)
+    )
+    params, state = jax_train(tx, params, state, BEFORE)
+
+    stayed, stayed_opt, stayed_scheduler = torch_setup(name, schedule)
+    torch_train(stayed, stayed_opt, stayed_scheduler, BEFORE + AFTER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "scheduler before optimizer"
+        for _ in range(BEFORE if scheduler is not None else 0):
+            scheduler.step()
+    groups = opt.state_dict()["param_groups"]
+    opt.load_state_dict(aj.to_torch_state_dict(state, params, groups))
+    net.load_state_dict(aj.params_to_torch_state_dict(params, list(net.state_dict())))
+    torch_train(net, opt, scheduler, AFTER)
+    assert_same_run(net, stayed)
+
+
+def test_an_optimizer_of_ones_own(x64):
+    """Groups as a mask and multipliers by hand, behind clipping."""
+    net, opt, _ = torch_setup("adamw")
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1e6),
+        aj.adamw(
+            LR,
+            b1=0.8,
+            b2=0.99,
+            weight_decay=DECAY,
+            mask=aj.mask_by_path("kernel$"),
+            bias_correction="exact",  # the same for constant betas
+        ),
+        aj.scale_by_group(
+            {"matrix": 1.0, "other": 0.5},
+            aj.labels_by_path({"matrix": "kernel$"}, default="other"),
+        ),
+    )
+    state = aj.from_torch_state_dict(opt.state_dict(), tx.init(params), params)
+    params, _ = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw, optax.sgd])
+def test_optax(x64, lenient, optimizer):
+    name = "adamw" if optimizer is optax.adamw else "sgd-momentum"
+    net, opt, _ = torch_setup(name, groups=False)
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    rate = optax.piecewise_constant_schedule(2 * LR, {BEFORE: 0.5})  # counts from 0
+    if optimizer is optax.adamw:
+        tx = optimizer(rate, b1=0.8, b2=0.99, weight_decay=DECAY)
+    else:
+        tx = optax.chain(optax.add_decayed_weights(DECAY), optimizer(rate, 0.9))
+    state = aj.from_torch_state_dict(
+        opt.state_dict(), tx.init(params), params, step=BEFORE
+    )
+    params, state = jax_train(tx, params, state, AFTER)
+    halfway = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+    key = "exp_avg" if optimizer is optax.adamw else "momentum_buffer"
+    for number, there in opt.state_dict()["state"].items():
+        torch.testing.assert_close(halfway["state"][number][key], there[key])
+
+
+# ---------------------------------------------------------------------------
+# groups
+# ---------------------------------------------------------------------------
+
+
+def test_groups_that_one_optimizer_cannot_serve(x64):
+    """Other betas, two decays and amsgrad: `optax.partition`, each at its own rate."""
+
+    def setup():
+        net = Net()
+        named = dict(net.named_parameters())
+        groups = [
+            {"params": [("fc1.weight", named.pop("fc1.weight"))], "weight_decay": 0.2},
+            {"params": [("fc2.weight", named.pop("fc2.weight"))], "lr": 3e-3},
+            {
+                "params": [("norm.weight", named.pop("norm.weight"))],
+                "betas": (0.5, 0.9),
+            },
+            {"params": list(named.items()), "amsgrad": True, "lr": 5e-3},
+        ]
+        return net, torch.optim.AdamW(groups, LR, weight_decay=0.1)
+
+    net, opt = setup()
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    schedule = aj.one_cycle(LR, steps=100).schedule("learning_rate")  # goes on from 7
+    tx, state = aj.optimizer_from_torch_state_dict(
+        opt.state_dict(), params, learning_rate=schedule
+    )
+    params, state = jax_train(tx, params, state, AFTER)
+    for t in range(BEFORE, BEFORE + AFTER):
+        rates = (LR, 3e-3, LR, 5e-3)
+        for group, rate in zip(opt.param_groups, rates, strict=True):
+            group["lr"] = rate / LR * schedule(t)
+        torch_train(net, opt, None, 1)
+    assert_same_run(read_back(params), net)
+    # and back, with the rates of the next step in the groups
+    dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    for group, rate in zip(dumped["param_groups"], (LR, 3e-3, LR, 5e-3), strict=True):
+        expected = rate / LR * schedule(BEFORE + AFTER)
+        assert group["lr"] == pytest.approx(expected, rel=1e-12)
+    assert [g["weight_decay"] for g in dumped["param_groups"]] == [0.2, 0.1, 0.1, 0.1]
+    assert dumped["param_groups"][2]["betas"] == (0.5, 0.9)
+
+
+def test_counts_that_differ(x64):
+    """A parameter without gradient falls behind in PyTorch, and stays behind here."""
+    net, opt, _ = torch_setup("adamw")
+    torch_train(net, opt, None, 3, skip=("norm.weight", "norm.bias"))
+    torch_train(net, opt, None, 4, skip=("norm.bias",))
+    assert len(opt.state_dict()["state"]) == 5  # norm.bias never had a gradient
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+
+    with pytest.raises(ValueError) as error:
+        aj.from_torch_state_dict(opt.state_dict(), aj.adamw(LR).init(params), params)
+    assert "leaf norm/scale: has done 4 steps, most of the others 7" in str(error.value)
+    assert "leaf norm/bias: has done 0 steps, most of the others 7" in str(error.value)
+
+    tx, state = aj.optimizer_from_torch_state_dict(opt.state_dict(), params)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+    dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    steps = {number: float(s["step"]) for number, s in dumped["state"].items()}
+    assert steps == {n: float(s["step"]) for n, s in opt.state_dict()["state"].items()}
+    assert sorted(steps.values()) == [9, 13, 16, 16, 16, 16]
+
+
+def test_a_parameter_without_gradient_in_sgd_has_a_buffer_of_zeros(x64):
+    net, opt, _ = torch_setup("sgd-momentum")
+    torch_train(net, opt, None, BEFORE, skip=("norm.bias",))
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(
+        opt.state_dict(), params, step=BEFORE
+    )
+    params, _ = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+def test_parameters_in_no_group_are_frozen(x64):
+    net = Net()
+    named = [(n, p) for n, p in net.named_parameters() if n.startswith("fc2")]
+    opt = torch.optim.AdamW(named, LR)
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(opt.state_dict(), params)
+    assert len(jax.tree.leaves(state.inner_state.inner_state[0].mu)) == 2
+    after, state = jax_train(tx, params, state, AFTER)
+    np.testing.assert_array_equal(after["fc1"]["kernel"], params["fc1"]["kernel"])
+    torch_train(net, opt, None, AFTER)
+    assert_same_run_of(read_back(after).fc2, net.fc2)
+    dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    assert list(dumped["state"]) == [0, 1]
+
+
+def assert_same_run_of(module, stayed):
+    for p, q in zip(module.parameters(), stayed.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_dampening_that_is_the_momentum(x64):
+    net = Net()
+    opt = torch.optim.SGD(
+        net.named_parameters(), 0.1, momentum=0.9, dampening=0.9, weight_decay=0.1
+    )
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    with pytest.raises(ValueError, match="has no momentum_buffer yet"):
+        aj.optimizer_from_torch_state_dict(opt.state_dict(), params, step=0)
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), params)
+    tx, state = aj.optimizer_from_torch_state_dict(
+        opt.state_dict(), params, step=BEFORE
+    )
+    params, _ = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+    opt.param_groups[0]["dampening"] = 0.5
+    with pytest.raises(ValueError, match="dampening=0.5 with momentum=0.9"):
+        aj.optimizer_from_torch_state_dict(opt.state_dict(), params, step=1)
+
+
+def test_capturable_tensors_and_dicts_of_numpy(x64):
+    """A rate and betas in tensors, or no tensor at all, mean the same."""
+    net, opt, _ = torch_setup("adamw", groups=False)
+    torch_train(net, opt, None, 2)
+    params = empty(jnp.float64)
+    plain = opt.state_dict()
+    other = copy.deepcopy(plain)
+    other["param_groups"][0]["lr"] = torch.tensor(LR, dtype=torch.float64)
+    other["param_groups"][0]["betas"] = tuple(
+        torch.tensor(b, dtype=torch.float64) for b in (0.8, 0.99)
+    )
+    for number, entry in other["state"].items():
+        other["state"][number] = {k: v.numpy() for k, v in entry.items()}
+    first, second = (
+        aj.optimizer_from_torch_state_dict(d, params)[1] for d in (plain, other)
+    )
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+    dumped = aj.to_torch_state_dict(second, params, plain["param_groups"])
+    assert_equal_dicts(dumped, plain)
+
+
+# ---------------------------------------------------------------------------
+# bias correction
+# ---------------------------------------------------------------------------
+
+
+def exact_after(tx, state, params, steps):
+    """Updates under a constant gradient: 1 in all steps if the correction is exact."""
+    grads = jax.tree.map(jnp.ones_like, params)
+    out = []
+    for _ in range(steps):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        rate = 1.0  # the transformation has none
+        out.append(float(jax.tree.leaves(updates)[0].ravel()[0]) * rate)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("form", ["phases", "schedule", "array"])
+def test_exact_correction_from_the_history(x64, form):
+    """With the betas that there were, a state from PyTorch corrects exactly."""
+    total, done = 20, 8
+    phases = aj.one_cycle_torch(LR, total)
+    b1 = phases.schedule("b1")
+    betas = np.array([b1(t) for t in range(done)])
+    m = np.zeros(3)
+    for beta in betas:  # what PyTorch does to a constant gradient of 1
+        m = beta * m + (1 - beta)
+    group = torch.optim.AdamW([torch.zeros(3)]).state_dict()["param_groups"][0]
+    group["betas"] = (float(b1(done)), 0.999)
+    moments = {"step": done, "exp_avg": m, "exp_avg_sq": np.full(3, 1 - 0.999**done)}
+    checkpoint = {"state": {0: moments}, "param_groups": [group]}
+    params = {"w": jnp.zeros(3)}
+
+    def tx(mode):
+        return aj.with_hyperparams(
+            lambda b1, b2: aj.scale_by_adam(b1, b2, 1e-30, bias_correction=mode),
+            b1=b1,
+            b2=0.999,
+        )
+
+    history = {"phases": phases, "schedule": b1, "array": betas}[form]
+    state = tx("exact").init(params)
+    exact = aj.from_torch_state_dict(checkpoint, state, params, names=["w"], b1=history)
+    np.testing.assert_allclose(
+        exact_after(tx("exact"), exact, params, total - done), 1, rtol=1e-12
+    )
+    # Without: the current b1 to the power of the steps, as PyTorch's own correction.
+    guessed = aj.from_torch_state_dict(checkpoint, state, params, names=["w"])
+    implied = 1 - float(b1(done)) ** (done + 1)
+    first = exact_after(tx("exact"), guessed, params, 1)[0]
+    m = b1(done) * m[0] + (1 - b1(done))
+    assert first == pytest.approx(m / implied, rel=1e-12)
+    assert abs(first - 1) > 0.05
+
+
+def test_the_state_is_that_of_a_run_here(x64):
+    """Also the compensated products: as after the same number of steps in JAX."""
+    params = empty(jnp.float64)
+    tx = aj.adamw(LR, b2=0.99999)
+    _, state = jax_train(tx, params, tx.init(params), 1000)
+    group = torch.optim.AdamW([torch.zeros(1)], LR, (0.9, 0.99999)).state_dict()
+    (group,) = group["param_groups"]
+    names = ["fc1.weight", "fc1.bias", "norm.weight", "norm.bias", "fc2.weight"]
+    names.append("fc2.bias")
+    group["params"], group["weight_decay"] = list(range(6)), 1e-4
+    dumped = aj.to_torch_state_dict(state, params, [group], names=names)
+    back = aj.from_torch_state_dict(dumped, tx.init(params), params, names=names)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(back), strict=True
+    ):
+        if "lost" in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-12, err_msg=str(path))
+
+
+# ---------------------------------------------------------------------------
+# bits
+# ---------------------------------------------------------------------------
+
+
+def assert_equal_dicts(ours, theirs):
+    """Every bit of every tensor, every key and value of every group."""
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert list(ours["state"]) == list(theirs["state"])
+    for number, entry in theirs["state"].items():
+        assert list(ours["state"][number]) == list(entry)
+        for key, tensor in entry.items():
+            our = ours["state"][number][key]
+            assert our.dtype == tensor.dtype and our.shape == tensor.shape
+            width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[our.itemsize]
+            assert torch.equal(our.view(width), tensor.contiguous().view(width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_round_trip(lenient, name, dtype):
+    with jax.enable_x64(dtype == torch.float64):
+        net, opt, _ = torch_setup(name, dtype=dtype)
+        torch_train(net, opt, None, 3)
+        theirs = opt.state_dict()
+        params = empty(jnp.dtype(str(dtype).removeprefix("torch.")))
+        _, state = aj.optimizer_from_torch_state_dict(theirs, params, step=3)
+        ours = aj.to_torch_state_dict(state, params, theirs["param_groups"])
+        assert_equal_dicts(ours, theirs)
+        weights = aj.params_from_torch_state_dict(net.state_dict(), params)
+        back = aj.params_to_torch_state_dict(weights, list(net.state_dict()))
+        assert all(torch.equal(back[n], p) for n, p in net.state_dict().items())
+
+
+def test_round_trip_in_bfloat16(lenient):
+    """Moments in bfloat16 are kept in float32 here, and cast back without loss."""
+    net, opt, _ = torch_setup("amsgradw", dtype=torch.bfloat16)
+    torch_train(net, opt, None, 3)
+    theirs = copy.deepcopy(opt.state_dict())
+    params = empty(jnp.bfloat16)
+    weights = aj.params_from_torch_state_dict(net.state_dict(), params)
+    back = aj.params_to_torch_state_dict(weights, list(net.state_dict()))
+    assert all(torch.equal(back[n], p) for n, p in net.state_dict().items())
+    _, state = aj.optimizer_from_torch_state_dict(theirs, params)
+    assert (
+        {leaf.dtype for leaf in jax.tree.leaves(state.inner_state[0].mu)}
+        == {jnp.float32}
+        if isinstance(state, aj.HyperparamsState)
+        else True
+    )
+    opt.load_state_dict(aj.to_torch_state_dict(state, params, theirs["param_groups"]))
+    assert_equal_dicts(opt.state_dict(), theirs)
+
+
+def test_moments_stored_in_bfloat16(lenient):
+    """They take what fits into them, and refuse to round."""
+    params = {"w": jnp.zeros(3)}
+    group = torch.optim.AdamW([torch.zeros(3)]).state_dict()["param_groups"]
+    tx = aj.adamw(LR, mu_dtype=jnp.bfloat16)
+    for value, fits in ((1.5, True), (1.001, False)):
+        m = np.full(3, value, np.float32)
+        d = {
+            "state": {0: {"step": 1, "exp_avg": m, "exp_avg_sq": m}},
+            "param_groups": group,
+        }
+        if not fits:
+            with pytest.raises(ValueError, match="leaf w: exp_avg has dtype float32"):
+                aj.from_torch_state_dict(d, tx.init(params), params, names=["w"])
+            continue
+        state = aj.from_torch_state_dict(d, tx.init(params), params, names=["w"])
+        dumped = aj.to_torch_state_dict(state, params, group, names=["w"])
+        assert dumped["state"][0]["exp_avg"].dtype == torch.bfloat16
+        assert dumped["state"][0]["exp_avg"].tolist() == [1.5] * 3
+
+
+@st.composite
+def layouts(draw):
+    """A permutation of the axes, a reversal of some, another shape."""
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=5, max_side=3))
+    axes = draw(st.permutations(range(len(shape))))
+    flips = (
+        draw(st.lists(st.sampled_from(range(len(shape))), unique=True)) if shape else []
+    )
+    flat = draw(st.booleans())
+
+    def from_torch(path, array):
+        array = np.flip(array, flips).transpose(axes)
+        return array.reshape(-1) if flat else array
+
+    def to_torch(path, array):
+        there = array.reshape([shape[axis] for axis in axes])
+        return np.flip(there.transpose(np.argsort(axes)), flips)
+
+    return shape, aj.Layout(from_torch, to_torch)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts(), st.data())
+def test_any_layout(shape_and_layout, data):
+    """Any bits, NaN and -0.0 too, in any arrangement, there and back."""
+    shape, layout = shape_and_layout
+    bits = hnp.arrays(np.float32, shape, elements=st.floats(width=32))
+    moments = {"step": np.float32(3), "exp_avg": data.draw(bits)}
+    moments["exp_avg_sq"] = data.draw(bits)
+    group = torch.optim.AdamW([torch.zeros(shape)]).state_dict()["param_groups"]
+    there = {"state": {0: moments}, "param_groups": group}
+    params = {"w": jnp.zeros(layout.from_torch("w", np.zeros(shape)).shape)}
+    state = aj.adamw(1e-3, weight_decay=1e-2).init(params)
+    state = aj.from_torch_state_dict(there, state, params, names=["w"], layout=layout)
+    back = aj.to_torch_state_dict(state, params, group, names=["w"], layout=layout)
+    tensors = {k: torch.from_numpy(np.array(v)) for k, v in moments.items()}
+    assert_equal_dicts(back, {"state": {0: tensors}, "param_groups": group})
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4, 5])
+def test_layout_of_flax(axes):
+    """A convolution of either library, of their own kernels, has the same output."""
+    rng = np.random.default_rng(axes)
+    space = (3,) * (axes - 2)
+    weight = rng.normal(size=(5, 4, *space)).astype(np.float32)
+    x = rng.normal(size=(2, 4, *space)).astype(np.float32)
+    kernel = aj.flax_layout.from_torch("conv/kernel", weight)
+    assert kernel.shape == (*space, 4, 5)
+    np.testing.assert_array_equal(
+        aj.flax_layout.to_torch("conv/kernel", kernel), weight
+    )
+    assert aj.flax_layout.from_torch("conv/bias", weight) is weight
+    conv = {2: F.linear, 3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[axes]
+    theirs = conv(torch.tensor(x), torch.tensor(weight)).numpy()
+    ours = np.tensordot(
+        np.moveaxis(x, 1, -1), kernel, axes=[range(1, axes), range(axes - 1)]
+    )
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_no_memory_is_shared(lenient):
+    """PyTorch updates in place: neither library may see the other's steps."""
+    net, opt, _ = torch_setup("adamw", dtype=torch.float32, groups=False)
+    torch_train(net, opt, None, 1)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty())
+    _, state = aj.optimizer_from_torch_state_dict(opt.state_dict(), params)
+    before = jax.tree.map(np.array, (params, state))
+    dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    opt.load_state_dict(dumped)
+    with torch.no_grad():
+        for name, tensor in aj.params_to_torch_state_dict(
+            params, list(net.state_dict())
+        ).items():
+            tensor.zero_()
+            net.get_parameter(name).zero_()
+        for entry in (*dumped["state"].values(), *opt.state.values()):
+            for tensor in entry.values():
+                tensor.fill_(9)
+    for a, b in zip(
+        jax.tree.leaves(before), jax.tree.leaves((params, state)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_arrays_go_where_the_state_was(lenient):
+    """A state over two devices stays there."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    sharding = jax.NamedSharding(mesh, jax.P("x"))
+    params = {"w": jax.device_put(jnp.zeros(4), sharding)}
+    opt = torch.optim.AdamW([torch.zeros(4)])
+    moments = {"step": 1, "exp_avg": np.arange(4.0), "exp_avg_sq": np.ones(4)}
+    there = opt.state_dict() | {"state": {0: moments}}
+    state = aj.adamw(LR).init(params)
+    assert state.inner_state[0].mu["w"].sharding == sharding
+    state = aj.from_torch_state_dict(there, state, params, names=["w"])
+    assert state.inner_state[0].mu["w"].sharding == sharding
+    assert not state.inner_state[0].count.committed
+
+
+# ---------------------------------------------------------------------------
+# names, readings, Flax
+# ---------------------------------------------------------------------------
+
+
+def one(path_names, leaf_shape=(2,), **moments):
+    """A checkpoint of AdamW with the same moments for each name."""
+    opt = torch.optim.AdamW([torch.zeros(leaf_shape) for _ in path_names])
+    entry = {
+        "step": 5.0,
+        "exp_avg": np.ones(leaf_shape),
+        "exp_avg_sq": np.ones(leaf_shape),
+    }
+    return opt.state_dict() | {
+        "state": {i: entry | moments for i in range(len(path_names))}
+    }
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace("features.0", "Conv_0"),
+        {"features.0.weight": "Conv_0/kernel", "features.0.bias": "Conv_0.bias"},
+    ],
+)
+def test_rename(rename):
+    params = {"Conv_0": {"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}}
+    names = ["features.0.weight", "features.0.bias"]
+    state = aj.from_torch_state_dict(
+        one(names), aj.adamw(1e-3).init(params), params, names=names, rename=rename
+    )
+    assert int(state.inner_state[0].count) == 5
+    assert aj.to_torch_state_dict(
+        state, params, one(names)["param_groups"], names=names, rename=rename
+    )["state"].keys() == {0, 1}
+
+
+def test_our_own_paths_in_pytorchs_order():
+    params = {"b": jnp.zeros(2), "a": jnp.zeros(3)}
+    there = one(["x", "y"])
+    there["state"][1] = {"step": 5, "exp_avg": np.ones(3), "exp_avg_sq": np.ones(3)}
+    state = aj.from_torch_state_dict(
+        there, aj.adamw(1e-3).init(params), params, names=["b", "a"]
+    )
+    assert state.inner_state[0].mu["a"].shape == (3,)
+
+
+def test_nnx(lenient):
+    """A network of Flax NNX by its own names, and the state of nnx.Optimizer."""
+
+    class Flax(nnx.Module):
+        def __init__(self, rngs):
+            self.fc1 = nnx.Linear(4, 5, rngs=rngs)
+            self.norm = nnx.LayerNorm(5, rngs=rngs)
+            self.fc2 = nnx.Linear(5, 3, rngs=rngs)
+
+    net, opt, _ = torch_setup("adamw", dtype=torch.float32)
+    torch_train(net, opt, None, 2)
+    flax = Flax(nnx.Rngs(0))
+    params = nnx.state(flax, nnx.Param)
+    nnx.update(flax, aj.params_from_torch_state_dict(net.state_dict(), params))
+    np.testing.assert_array_equal(
+        flax.fc1.kernel[...], net.fc1.weight.detach().numpy().T
+    )
+    holder = nnx.Optimizer(flax, aj.adamw(LR), wrt=nnx.Param)
+    there = opt.state_dict()
+    holder.opt_state = nnx.data(
+        aj.from_torch_state_dict(there, holder.opt_state, params)
+    )
+    back = aj.to_torch_state_dict(holder.opt_state, params, there["param_groups"])
+    assert list(back["state"]) == list(range(6))
+    number = back["param_groups"][0]["params"][0]
+    assert torch.equal(
+        back["state"][number]["exp_avg"], there["state"][number]["exp_avg"]
+    )
+    holder.update(flax, jax.tree.map(jnp.ones_like, params))
+
+
+def test_readings():
+    """Before the first update those of the checkpoint, then those that drive."""
+    params = {"w": jnp.zeros(2)}
+    there = one(["w"])
+    there["param_groups"][0] |= {"lr": 0.5, "betas": (0.7, 0.8), "weight_decay": 0.25}
+    tx = aj.adamw(aj.one_cycle(1e-2, steps=10))
+    state = aj.from_torch_state_dict(there, tx.init(params), params, names=["w"])
+    read = {k: float(v) for k, v in aj.current_hyperparams(state).items()}
+    expected = {"b1": 0.7, "b2": 0.8, "learning_rate": 0.5, "weight_decay": 0.25}
+    assert read == pytest.approx(expected, rel=1e-6)
+    _, state = tx.update(params, state, params)
+    assert not state.held.any()
+    now = aj.one_cycle(1e-2, steps=10).at(6)
+    assert float(aj.current_hyperparams(state)["learning_rate"]) == pytest.approx(
+        now["learning_rate"], rel=1e-6
+    )
+
+
+def test_an_override_stays():
+    params = {"w": jnp.zeros(2)}
+    state = aj.override_hyperparams(aj.adamw(1e-3).init(params), learning_rate=0.125)
+    state = aj.from_torch_state_dict(one(["w"]), state, params, names=["w"])
+    assert float(aj.current_hyperparams(state)["learning_rate"]) == 0.125
+    dumped = aj.to_torch_state_dict(
+        state, params, one(["w"])["param_groups"], names=["w"]
+    )
+    assert dumped["param_groups"][0]["lr"] == 0.125
+
+
+@pytest.mark.parametrize("three_phase", [False, True])
+@pytest.mark.parametrize("anneal", ["cos", "linear"])
+@pytest.mark.parametrize("total", [7, 30, 97])
+def test_phases_from_a_scheduler(total, anneal, three_phase):
+    opt = torch.optim.AdamW([torch.zeros(1)], LR)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        opt,
+        0.3,
+        total,
+        anneal_strategy=anneal,
+        three_phase=three_phase,
+        pct_start=1 / 3,
+    )
+    phases = aj.phases_from_torch_scheduler(
+        scheduler.state_dict(), opt.state_dict()["param_groups"]
+    )
+    for step in range(total):
+        ours, (group,) = phases.at(step), opt.param_groups
+        assert ours["learning_rate"] == pytest.approx(group["lr"], rel=1e-11, abs=1e-15)
+        assert ours["b1"] == pytest.approx(group["betas"][0], rel=1e-12)
+        opt.step()
+        if step < total - 1:
+            scheduler.step()
+
+
+# ---------------------------------------------------------------------------
+# what is refused
+# ---------------------------------------------------------------------------
+
+
+def test_everything_that_does_not_fit_is_in_one_error():
+    params = {"a": jnp.zeros(2), "b": jnp.zeros((2, 2)), "new": jnp.zeros(1)}
+    there = one(["a", "b", "old"], max_exp_avg_sq=np.ones(2))
+    del there["state"][0]["exp_avg_sq"]
+    with pytest.raises(ValueError) as error:
+        aj.from_torch_state_dict(
+            there, aj.adamw(1e-3).init(params), params, names=["a", "b", "old"]
+        )
+    for line in (
+        "parameter old: there is no leaf old",
+        "leaf new: no parameter has this name",
+        "leaf a: there is no exp_avg_sq",
+        "leaf b: exp_avg has shape (2,) here, expected (2, 2)",
+        "leaf a: PyTorch has max_exp_avg_sq of a, for which the state has no place",
+    ):
+        assert f"\n  {line}" in str(error.value)
+
+
+def from_torch(there, tx, params=None, **kwargs):
+    params = {"w": jnp.zeros(2)} if params is None else params
+    kwargs = {"names": ["w"]} | kwargs
+    return aj.from_torch_state_dict(there, tx.init(params), params, **kwargs)
+
+
+def sgd_dict(**options):
+    return torch.optim.SGD([torch.zeros(2)], **options).state_dict()
+
+
+def of_group(**options):
+    there = one(["w"])
+    there["param_groups"][0] |= options
+    return there
+
+
+REFUSED = {
+    "names must be given": lambda: from_torch(one(["w"]), aj.adamw(1.0), names=None),
+    "names must be 1 names": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0), names=["w", "v"]
+    ),
+    "one for each parameter in the groups, got w": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0), names="w"
+    ),
+    "leaf w is already taken": lambda: from_torch(
+        one(["w", "w"]), aj.adamw(1.0), names=["w", "w"]
+    ),
+    "could be leaf kernel or scale: use rename": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0), {"kernel": jnp.zeros(2), "scale": jnp.zeros(2)},
+        names=["weight"],
+    ),
+    "parameter 7: has a state, but is in no group": lambda: from_torch(
+        one(["w"]) | {"state": {7: {}}}, aj.adamw(1.0)
+    ),
+    "step must be given": lambda: from_torch(sgd_dict(), aj.sgd(1.0)),
+    "step must be an integer >= 0, got -1": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0), step=-1
+    ),
+    "leaf w: step must be an integer >= 0, got 1.5": lambda: from_torch(
+        {**one(["w"]), "state": one(["w"], step=1.5)["state"]}, aj.adamw(1.0)
+    ),
+    "must be those of PyTorch's Adam, AdamW or SGD": lambda: from_torch(
+        torch.optim.NAdam([torch.zeros(2)]).state_dict(), aj.adamw(1.0)
+    ),
+    "the state is of Adam, PyTorch's group of SGD": lambda: from_torch(
+        sgd_dict(), aj.adamw(1.0), step=0
+    ),
+    "the state is of SGD, PyTorch's group of Adam": lambda: from_torch(
+        one(["w"]), aj.sgd(1.0, 0.9)
+    ),
+    "the state has nu_max, but PyTorch's amsgrad is False": lambda: from_torch(
+        one(["w"]), aj.amsgrad(1.0)
+    ),
+    "the state has no nu_max, but PyTorch's amsgrad is True": lambda: from_torch(
+        of_group(amsgrad=True), aj.adamw(1.0)
+    ),
+    "state mini_step: is of a transformation that PyTorch": lambda: from_torch(
+        one(["w"]), optax.MultiSteps(aj.adamw(1.0), 2)
+    ),
+    "leaf w: PyTorch has exp_avg of w, for which": lambda: from_torch(
+        one(["w", "v"]),
+        aj.freeze(aj.adamw(1.0), {"w": True, "v": False}),
+        {"w": jnp.zeros(2), "v": jnp.zeros(2)},
+        names=["w", "v"],
+    ),
+    r"b1 must be a number or one for each of the 5 steps": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0), b1=[0.9, 0.8]
+    ),
+    r"b2 must be in \[0, 1\) in the steps done": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0), b2=1.0
+    ),
+    "layout does not undo itself": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0),
+        layout=aj.Layout(lambda path, a: a[::-1], lambda path, a: a),
+    ),
+    "decoupled must be given": lambda: aj.optimizer_from_torch_state_dict(
+        {
+            **one(["w"]),
+            "param_groups": [
+                {k: v for k, v in g.items() if k != "decoupled_weight_decay"}
+                for g in one(["w"])["param_groups"]
+            ],
+        },
+        {"w": jnp.zeros(2)},
+        names=["w"],
+    ),
+    "learning_rate must be given": lambda: aj.optimizer_from_torch_state_dict(
+        of_group(initial_lr=1.0), {"w": jnp.zeros(2)}, names=["w"]
+    ),
+    "phases that do not set it": lambda: aj.optimizer_from_torch_state_dict(
+        one(["w"]),
+        {"w": jnp.zeros(2)},
+        names=["w"],
+        learning_rate=aj.Phases((aj.Phase(steps=3, b1=0.5),)),
+    ),
+    "that of a OneCycleLR": lambda: aj.phases_from_torch_scheduler(
+        {"T_max": 3}, one(["w"])["param_groups"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(lenient, message):
+    with pytest.raises(ValueError, match=message):
+        REFUSED[message]()
+
+
+def to_torch(tx, groups, params=None, **kwargs):
+    params = {"w": jnp.zeros(2)} if params is None else params
+    _, state = tx.update(params, tx.init(params), params)
+    return aj.to_torch_state_dict(state, params, groups, **{"names": ["w"]} | kwargs)
+
+
+ADAMW = one(["w"])["param_groups"]
+REFUSED_BACK = {
+    "leaf v: has moments, but no parameter": lambda: to_torch(
+        aj.adamw(1.0), ADAMW, {"w": jnp.zeros(2), "v": jnp.zeros(2)}
+    ),
+    "leaf w: mu is there twice": lambda: to_torch(
+        optax.chain(aj.scale_by_adam(), aj.scale_by_adam()), ADAMW
+    ),
+    "the state has nu_max, but": lambda: to_torch(aj.amsgrad(1.0), ADAMW),
+    "the state is of SGD": lambda: to_torch(aj.sgd(1.0, 0.9), ADAMW),
+    "weight_decay 0.5, which is 0 in all": lambda: to_torch(
+        aj.adamw(1.0, weight_decay=0.5), of_group(weight_decay=0.0)["param_groups"]
+    ),
+    "state mini_step: is of a transformation": lambda: to_torch(
+        optax.MultiSteps(aj.adamw(1.0), 2), ADAMW
+    ),
+    "layout does not undo itself for shape": lambda: to_torch(
+        aj.adamw(1.0), ADAMW, layout=aj.Layout(lambda p, a: a[::-1], lambda p, a: a)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_BACK)
+def test_refused_back(lenient, message):
+    with pytest.raises(ValueError, match=message):
+        REFUSED_BACK[message]()
+
+
+def test_without_pytorch(lenient, monkeypatch):
+    """The way in needs no PyTorch."""
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    params = {"w": jnp.zeros(2)}
+    tx = aj.adamw(1e-3)
+    state = aj.from_torch_state_dict(CHECKPOINT, tx.init(params), params, names=["w"])
+    assert int(state.step) == 5
+    with pytest.raises(ImportError):
+        aj.to_torch_state_dict(state, params, ADAMW, names=["w"])
+
+
+CHECKPOINT = one(["w"])
