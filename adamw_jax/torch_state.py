@@ -243,6 +243,9 @@ def to_torch_state_dict(
     first group it trains, and the others keep their ratio to it; so does the decay,
     whose zeros stay. What is the same number up to the state's float32 is not touched.
 
+    What a state does not know is the groups' own affair: `eps`, `nesterov`, `maximize`,
+    `dampening` (the momentum for `sgd(dampened=True)`), `decoupled_weight_decay`.
+
     A scheduler's own state is not in here: PyTorch's `scheduler.load_state_dict` needs
     its `last_epoch`, the number of updates done.
 

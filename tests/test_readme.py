@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import optax
+import torch
 
 from train import record, tabulate
 
@@ -48,10 +49,22 @@ def test_the_tables_of_language_models():
     assert f"validation loss {epoch['valid_loss']:.3f}" in text
 
 
-def test_code_blocks(lenient):
+def test_the_table_of_the_run_that_changes_the_library():
+    text = README.read_text("utf-8")
+    folder = README.parent / "results" / "continue-from-torch"
+    assert (folder / "results.md").read_text("utf-8").strip() in text
+
+
+def test_code_blocks(lenient, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
     assert len(blocks) >= 2
     tree = {"body": {"kernel": jnp.ones(2)}, "head": {"bias": jnp.ones(2)}}
+    named = [("body.weight", torch.ones(2)), ("head.bias", torch.ones(2))]
+    checkpoint = {
+        "model": dict(named),
+        "optimizer": torch.optim.AdamW(named).state_dict(),
+    }
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: checkpoint)
     names = {"params": tree, "grads": tree, "optax": optax}
     for block in blocks:
         exec(block, names)

@@ -191,6 +191,76 @@ def test_begun_in_jax(x64, name, schedule):
     assert_same_run(net, stayed)
 
 
+def test_exact_correction_survives_a_visit(x64):
+    """A run here, through PyTorch's dict, under a cycled b1: as if it had stayed."""
+    _, opt, scheduler = torch_setup("adamw", "onecycle")
+    options = scheduled(opt, scheduler) | {"bias_correction": "exact"}
+    params = aj.params_from_torch_state_dict(Net().state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(opt.state_dict(), params, **options)
+    halfway, state = jax_train(tx, params, state, BEFORE)
+    dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    tx, back = aj.optimizer_from_torch_state_dict(dumped, params, **options)
+    stayed, _ = jax_train(tx, halfway, state, AFTER)
+    visited, _ = jax_train(tx, halfway, back, AFTER)
+    for p, q, p0 in zip(*map(jax.tree.leaves, (visited, stayed, params)), strict=True):
+        assert jnp.abs(p - q).max() <= 1e-12 * jnp.abs(q - p0).max()
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_phases_that_drive_the_decay(x64, decoupled):
+    """Of the group that decays."""
+    name = "adamw" if decoupled else "adam-l2"
+    _, opt, _ = torch_setup(name)
+    phases = aj.Phases((aj.Phase(steps=20, learning_rate=LR, weight_decay=(0.5, 0.1)),))
+    params = aj.params_from_torch_state_dict(Net().state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(
+        opt.state_dict(), params, learning_rate=phases
+    )
+    ours, state = jax_train(tx, params, state, BEFORE)
+    net, opt, _ = torch_setup(name)
+    for step in range(BEFORE):
+        opt.param_groups[0]["weight_decay"] = phases.at(step)["weight_decay"]
+        torch_train(net, opt, None, 1)
+    assert_same_run(read_back(ours), net)
+    (first, second) = aj.to_torch_state_dict(
+        state, params, opt.state_dict()["param_groups"]
+    )["param_groups"]
+    assert first["weight_decay"] == pytest.approx(phases.at(BEFORE)["weight_decay"])
+    assert second["weight_decay"] == 0
+
+
+def test_rates_that_have_come_to_zero(x64):
+    """The ratio of the groups is then that of their first rates."""
+    net, opt, _ = torch_setup("adamw")
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, BEFORE)
+    torch_train(net, opt, scheduler, BEFORE)
+    assert [group["lr"] for group in opt.param_groups] == [0, 0]
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(
+        opt.state_dict(), params, learning_rate=LR
+    )
+    params, _ = jax_train(tx, params, state, AFTER)
+    for group, rate in zip(opt.param_groups, (LR, LR / 2), strict=True):
+        group["lr"] = rate
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+def test_before_pytorch_said_which_adam(x64):
+    net, opt, _ = torch_setup("adamw")
+    torch_train(net, opt, None, 1)
+    old = copy.deepcopy(opt.state_dict())
+    for group in old["param_groups"]:
+        del group["decoupled_weight_decay"]
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    with pytest.raises(ValueError, match="decoupled must be given"):
+        aj.optimizer_from_torch_state_dict(old, params)
+    tx, state = aj.optimizer_from_torch_state_dict(old, params, decoupled=True)
+    params, _ = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+
+
 def test_an_optimizer_of_ones_own(x64):
     """Groups as a mask and multipliers by hand, behind clipping."""
     net, opt, _ = torch_setup("adamw")
@@ -457,6 +527,21 @@ def test_the_state_is_that_of_a_run_here(x64):
             np.testing.assert_allclose(a, b, atol=1e-12)
         else:
             np.testing.assert_allclose(a, b, rtol=1e-12, err_msg=str(path))
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.99999, 0.0])
+def test_products_of_betas_are_compensated(beta):
+    """In float32 the rounding of the sum of logarithms is carried along."""
+    there, steps = one(["w"], step=1000.0), 1000
+    there["param_groups"][0]["betas"] = (beta, beta)
+    state = from_torch(there, aj.adamw(1.0)).inner_state[0]
+    for product in (state.log_b1, state.log_b2):
+        ours = float(product.total) - float(product.lost)
+        assert product.total.dtype == jnp.float32
+        if beta:
+            assert ours == pytest.approx(steps * np.log(beta), rel=1e-13)
+        else:  # not quite the logarithm of zero
+            assert np.exp(ours) == 0
 
 
 # ---------------------------------------------------------------------------
@@ -804,6 +889,11 @@ def of_group(**options):
     return there
 
 
+def two_groups(key, first, second):
+    groups = [{"params": [torch.zeros(2)], key: value} for value in (first, second)]
+    return torch.optim.AdamW(groups).state_dict()
+
+
 REFUSED = {
     "names must be given": lambda: from_torch(one(["w"]), aj.adamw(1.0), names=None),
     "names must be 1 names": lambda: from_torch(
@@ -863,16 +953,26 @@ REFUSED = {
         one(["w"]), aj.adamw(1.0),
         layout=aj.Layout(lambda path, a: a[::-1], lambda path, a: a),
     ),
-    "decoupled must be given": lambda: aj.optimizer_from_torch_state_dict(
-        {
-            **one(["w"]),
-            "param_groups": [
-                {k: v for k, v in g.items() if k != "decoupled_weight_decay"}
-                for g in one(["w"])["param_groups"]
-            ],
-        },
-        {"w": jnp.zeros(2)},
-        names=["w"],
+    "layout fails for PyTorch's shape": lambda: from_torch(
+        one(["w"]), aj.adamw(1.0),
+        layout=aj.Layout(lambda path, a: a.reshape(3), lambda path, a: a),
+    ),
+    "but the groups have several": lambda: aj.optimizer_from_torch_state_dict(
+        two_groups("weight_decay", 0.1, 0.2),
+        {"v": jnp.zeros(2), "w": jnp.zeros(2)},
+        names=["v", "w"],
+        learning_rate=aj.Phases((aj.Phase(steps=3, learning_rate=1, weight_decay=1),)),
+    ),
+    "drives b1, which differs": lambda: aj.optimizer_from_torch_state_dict(
+        two_groups("betas", (0.9, 0.9), (0.8, 0.9)),
+        {"v": jnp.zeros(2), "w": jnp.zeros(2)},
+        names=["v", "w"],
+        learning_rate=aj.one_cycle(1.0, steps=10),
+    ),
+    "the learning rate 0, another 1": lambda: aj.optimizer_from_torch_state_dict(
+        two_groups("lr", 0.0, 1.0),
+        {"v": jnp.zeros(2), "w": jnp.zeros(2)},
+        names=["v", "w"],
     ),
     "learning_rate must be given": lambda: aj.optimizer_from_torch_state_dict(
         of_group(initial_lr=1.0), {"w": jnp.zeros(2)}, names=["w"]
