@@ -53,6 +53,10 @@ def optimizer_from_torch_state_dict(
     parameters in no group                 :func:`freeze`
     =====================================  =============================================
 
+    A parameter of a group that never had a gradient begins with its first one here. If
+    it had none because it is not to be trained, build the optimizer yourself, with
+    :func:`freeze`, and fill its state with :func:`from_torch_state_dict`.
+
     `foreach`, `fused`, `capturable` and `differentiable` are ways to compute the same
     update, and have no meaning here. `dampening` is possible if it equals the momentum
     and all buffers are there: `sgd(dampened=True)`.
@@ -65,7 +69,8 @@ def optimizer_from_torch_state_dict(
             have driven it so far), b2 and the decay if they set them; as
             :func:`phases_from_torch_scheduler` returns. None: goes on with the group's,
             unless a scheduler drove that.
-        decoupled: AdamW, not Adam with L2. None: the groups say so (PyTorch >= 2.7).
+        decoupled: AdamW, not Adam with L2. None: the groups say so, but
+            not those that older versions of PyTorch have written.
         bias_correction: `"torch"` goes on as PyTorch would. See
             :func:`from_torch_state_dict` for `"exact"`.
         names: see :func:`from_torch_state_dict`, also for the following.
@@ -82,7 +87,6 @@ def optimizer_from_torch_state_dict(
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
-        >>> from adamw_jax import current_hyperparams
         >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False,
         ...          "weight_decay": 0.01, "decoupled_weight_decay": True,
         ...          "maximize": False, "params": [0]}
@@ -287,8 +291,8 @@ def _options(
         decoupled = group.get("decoupled_weight_decay")
         if decoupled is None and float(group["weight_decay"]):
             raise ValueError(
-                "decoupled must be given: PyTorch before 2.7 does not say in its "
-                "groups whether they are of Adam or AdamW"
+                "decoupled must be given: the groups do not say whether they are of "
+                "Adam or AdamW (older versions of PyTorch did not write it)"
             )
     kind, eps = "adamw" if decoupled else "adam", float(group["eps"])
     return (kind, betas_of(group), eps, bool(group["amsgrad"]), maximize)

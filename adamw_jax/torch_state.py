@@ -6,6 +6,7 @@ names to paths, and a `layout` from PyTorch's arrays to ours. Whatever does not 
 either side, is listed in one error. Nothing here needs PyTorch until tensors are made.
 """
 
+import collections
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -476,8 +477,8 @@ def _groups_of(
 
 
 def _common_count(counts: dict[str, int], problems: Problems) -> int:
-    values = list(counts.values())
-    common = max(values, key=values.count, default=0)
+    often = collections.Counter(counts.values())
+    common = max(often, key=lambda count: (often[count], count), default=0)
     for path, count in counts.items():
         if count != common:
             problems.add(

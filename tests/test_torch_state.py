@@ -35,6 +35,7 @@ OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "sgd-momentum": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": DECAY}),
     "sgd-nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "sgd-maximize": (torch.optim.SGD, {"maximize": True, "weight_decay": DECAY}),
     "adamw-maximize": (torch.optim.AdamW, {"maximize": True, "eps": 1e-3}),
 }
 SCHEDULES = ("constant", "onecycle")
