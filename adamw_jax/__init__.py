@@ -4,6 +4,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._torch import Layout as Layout
 from ._torch import flax_layout as flax_layout
+from .accumulate import AccumulateState as AccumulateState
+from .accumulate import accumulate_gradients as accumulate_gradients
+from .accumulate import has_updated as has_updated
+from .accumulate import update_and_apply as update_and_apply
 from .hyperparams import HyperparamsState as HyperparamsState
 from .hyperparams import current_hyperparams as current_hyperparams
 from .hyperparams import override_hyperparams as override_hyperparams
