@@ -360,6 +360,17 @@ def test_a_window_of_which_nothing_is_left(step):
     assert aj.has_updated(state)
 
 
+@pytest.mark.parametrize("value", NONFINITE)
+@pytest.mark.parametrize("at", [0, 4999, -1])
+def test_one_bad_number_in_a_large_leaf(value, at):
+    """A maximum would drop NaN there: XLA's does on a CPU, in arrays of some size."""
+    tx = aj.accumulate_gradients(aj.sgd(1.0), 2, skip_nonfinite=True)
+    p = {"w": jnp.zeros(10_000)}
+    bad = {"w": jnp.ones(10_000).at[at].set(value)}
+    _, state = jax.jit(tx.update)(bad, tx.init(p), p)
+    assert int(state.skipped) == 1
+
+
 def test_finite_but_large_gradients_are_taken():
     tx = aj.accumulate_gradients(aj.sgd(1.0), 1, skip_nonfinite=True)
     p = {"a": jnp.zeros(2), "empty": jnp.zeros((0, 3))}
