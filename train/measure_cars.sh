@@ -16,30 +16,16 @@ cars=$(realpath "${2:?the folder with Stanford Cars}")
 cifar=$(realpath "${3:?the folder with CIFAR-10}")
 weights=${4:+$(realpath "$4")}
 cd "$(dirname "$0")/.."
-trap 'trap - TERM INT; kill 0' TERM INT # also what is running
-python=${PYTHON:-python}
+. train/part.sh
 read -ra network <<<"${NETWORK:-}"
 size=${SIZE:-128} epochs=${EPOCHS:-40} frozen=${FROZEN:-5} seeds=${SEEDS:-3}
-failed=0
 
-part() { # part NAME MODULE [OPTIONS]
-  local name=$1 module=$2
-  shift 2
-  if [ "$(cat "$out/$name.done" 2>/dev/null)" = "$*" ]; then
-    echo "$name: done already"
-    return
-  fi
-  echo "== $name: python -m train.$module $*"
-  if PYTHONUNBUFFERED=1 "$python" -m "train.$module" "$@" --out "$out" --name "$name" \
-    2>&1 | tee -a "$out/$name.log"; then
-    echo "$*" >"$out/$name.done"
-  else
-    failed=1 # the others are worth having all the same
-  fi
+named() { # named NAME MODULE [OPTIONS]
+  part "$@" --out "$out" --name "$1"
 }
 
 from_scratch() { # from_scratch NAME [OPTIONS]
-  part "$1" cars "${network[@]}" --epochs "$epochs" --seeds "$seeds" "${@:2}"
+  named "$1" cars ${network[@]+"${network[@]}"} --epochs "$epochs" --seeds "$seeds" "${@:2}"
 }
 
 from_scratch scratch-adam-l2 --data-dir "$cars" --size "$size"
@@ -62,22 +48,22 @@ for split, images in zip(("train", "test"), data.read_cifar10(sys.argv[1])):
 (Path(sys.argv[2]) / "done").touch()
 EOF
 fi
-part cifar10-body cars "${network[@]}" --data-dir "$out/cifar10-images" --size 64 \
+named cifar10-body cars ${network[@]+"${network[@]}"} --data-dir "$out/cifar10-images" --size 64 \
   --epochs "${CIFAR10_EPOCHS:-20}" --recipe adamw
 body=$out/cifar10-body/model-0.safetensors
 for recipe in adam-l2 adamw; do
-  part "cifar10-body-$recipe" cars "${network[@]}" --data-dir "$cars" --size "$size" \
+  named "cifar10-body-$recipe" cars ${network[@]+"${network[@]}"} --data-dir "$cars" --size "$size" \
     --weights "$body" --recipe "$recipe" --frozen-epochs "$frozen" \
     --epochs $((epochs - frozen)) --seeds "$seeds"
 done
 
 # Does the device wait for its images? A benchmark that was interrupted begins again.
-part bench bench_images "${network[@]}" --data-dir "$cars" --size "$size" \
+named bench bench_images ${network[@]+"${network[@]}"} --data-dir "$cars" --size "$size" \
   --steps "${STEPS:-100}" --overwrite
 if [ -n "$weights" ]; then
-  part bench-224 bench_images --steps "${STEPS:-100}" --overwrite
+  named bench-224 bench_images --steps "${STEPS:-100}" --overwrite
   for recipe in adam-l2 adamw; do
-    part "$recipe" cars --data-dir "$cars" --weights "$weights" --recipe "$recipe" \
+    named "$recipe" cars --data-dir "$cars" --weights "$weights" --recipe "$recipe" \
       --seeds "$seeds"
   done
 fi
