@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train import weights
 from train.resnet import BasicBlock, Bottleneck, Head, ResNet, max_pool
+from train.torch_resnet import BasicBlock as TorchBasicBlock
+from train.torch_resnet import Bottleneck as TorchBottleneck
 from train.torch_resnet import ResNet as TorchResNet
 
 # float64 where it is asked for; also so that dropout draws the same masks for float32
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("lenient", "x64")
 
 CLASSES = 7
 # architecture, width, pixels, images
-RESNET50, RESNET18 = ("resnet50", 64, 64, 4), ("resnet18", 8, 72, 6)
+RESNET50, RESNET18 = ("resnet50", 64, 64, 16), ("resnet18", 8, 72, 24)
+BLOCKS = TorchBasicBlock, TorchBottleneck
 
 
 def networks(architecture, width, *, dtype=jnp.float32):
@@ -39,7 +42,11 @@ def networks(architecture, width, *, dtype=jnp.float32):
 
 
 def torch_network(architecture, width, dtype):
-    """With scales, shifts and statistics that are not 1 and 0."""
+    """With scales, shifts and statistics that are not 1 and 0.
+
+    The scales at the ends of the branches are small, as they are after training:
+    otherwise rounding errors grow from block to block.
+    """
     torch.manual_seed(0)
     net = TorchResNet(architecture, width, CLASSES)
     for module in net.modules():
@@ -48,6 +55,10 @@ def torch_network(architecture, width, dtype):
             torch.nn.init.normal_(module.bias, 0, 0.1)
             torch.nn.init.normal_(module.running_mean, 0, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    for module in net.modules():
+        if isinstance(module, BLOCKS):
+            last = module.bn3 if hasattr(module, "bn3") else module.bn2
+            torch.nn.init.uniform_(last.weight, 0.1, 0.3)
     return net.to(dtype)
 
 
@@ -167,7 +178,9 @@ def all_close(ours, expected, tolerance=1e-9):
 
 def test_eval_mode(double):
     ours, theirs = double
-    assert ours["maps"].shape[1:3] == ((2, 2) if len(ours["maps"]) == 4 else (3, 3))
+    assert ours["maps"].shape[1:3] == (
+        (2, 2) if ours["maps"].shape[3] == 2048 else (3, 3)
+    )
     for name in ("maps", "logits"):
         assert np.abs(theirs[name]).max() > 0.1
         close(ours[name], theirs[name])
@@ -208,10 +221,10 @@ def test_frozen_body():
 
 @pytest.mark.parametrize("size", [RESNET50, RESNET18], ids=["resnet50", "resnet18"])
 def test_single_precision(size):
-    """In the units of the largest value: within 1e-4, or as near as PyTorch is.
+    """Within 1e-4 of the largest value from what it is in float64.
 
-    Training a random ResNet-50 on four small images amplifies rounding a thousandfold:
-    batch norm divides by deviations of 16 values in its last blocks, of 4 in the head.
+    Some gradients of ResNet-50 are farther off, in PyTorch too, since a ReLU or a
+    maximum may decide otherwise: those are to be about as near as PyTorch's.
     """
     ours, theirs = both(size, "float32")
     exact = both(size, "float64")[1]
@@ -223,11 +236,10 @@ def test_single_precision(size):
 
     for name in exact:
         assert {x.dtype for x in jax.tree.leaves(ours[name])} == {np.dtype("float32")}
-        error = distance(theirs[name], exact[name])
-        print(name, distance(ours[name], exact[name]), error)
-        assert distance(ours[name], exact[name]) < max(1e-4, 2 * error)
-        if name not in ("train_logits", "grads") or size == RESNET18:
-            assert distance(ours[name], theirs[name]) < 1e-4
+        limit = 1e-4
+        if name == "grads" and size == RESNET50:
+            limit = 3 * distance(theirs[name], exact[name])
+        assert distance(ours[name], exact[name]) < limit
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 8), (5, 9), (1, 2), (1, 1)])

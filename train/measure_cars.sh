@@ -24,12 +24,14 @@ named() { # named NAME MODULE [OPTIONS]
   part "$@" --out "$out" --name "$1"
 }
 
-from_scratch() { # from_scratch NAME [OPTIONS]
-  named "$1" cars ${network[@]+"${network[@]}"} --epochs "$epochs" --seeds "$seeds" "${@:2}"
+train() { # train NAME [OPTIONS]
+  named "$1" cars ${network[@]+"${network[@]}"} "${@:2}"
 }
 
-from_scratch scratch-adam-l2 --data-dir "$cars" --size "$size"
-from_scratch scratch-adamw --data-dir "$cars" --size "$size" --recipe adamw
+for recipe in adam-l2 adamw; do
+  train "scratch-$recipe" --epochs "$epochs" --seeds "$seeds" --data-dir "$cars" \
+    --size "$size" --recipe "$recipe"
+done
 
 # CIFAR-10 as a folder for each class, twice as large: the network divides by 32.
 if [ ! -e "$out/cifar10-images/done" ]; then
@@ -48,18 +50,18 @@ for split, images in zip(("train", "test"), data.read_cifar10(sys.argv[1])):
 (Path(sys.argv[2]) / "done").touch()
 EOF
 fi
-named cifar10-body cars ${network[@]+"${network[@]}"} --data-dir "$out/cifar10-images" --size 64 \
+train cifar10-body --data-dir "$out/cifar10-images" --size 64 \
   --epochs "${CIFAR10_EPOCHS:-20}" --recipe adamw
 body=$out/cifar10-body/model-0.safetensors
 for recipe in adam-l2 adamw; do
-  named "cifar10-body-$recipe" cars ${network[@]+"${network[@]}"} --data-dir "$cars" --size "$size" \
+  train "cifar10-body-$recipe" --data-dir "$cars" --size "$size" \
     --weights "$body" --recipe "$recipe" --frozen-epochs "$frozen" \
     --epochs $((epochs - frozen)) --seeds "$seeds"
 done
 
 # Does the device wait for its images? A benchmark that was interrupted begins again.
-named bench bench_images ${network[@]+"${network[@]}"} --data-dir "$cars" --size "$size" \
-  --steps "${STEPS:-100}" --overwrite
+named bench bench_images ${network[@]+"${network[@]}"} --data-dir "$cars" \
+  --size "$size" --steps "${STEPS:-100}" --overwrite
 if [ -n "$weights" ]; then
   named bench-224 bench_images --steps "${STEPS:-100}" --overwrite
   for recipe in adam-l2 adamw; do
