@@ -22,6 +22,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+import tyro
 from flax import nnx
 from matplotlib.image import imread
 from PIL import Image
@@ -86,8 +87,7 @@ def body(tmp_path_factory):
 
 def tiny(folder, tmp_path, **changes):
     options = SMALL | {"epochs": 2, "name": "run", "out": tmp_path} | changes
-    recipe = options.pop("recipe", "adam-l2")
-    return dataclasses.replace(cars.defaults(recipe, folder), **options)
+    return cars.Config(folder, **options)
 
 
 def run(*args, **changes):
@@ -137,8 +137,20 @@ def test_the_articles_stages(folder, body):
         last = stage.cycle.at(stage.last - stage.first - 1)["learning_rate"]
         assert peak / 1000 < last < peak / 400
     assert (config.l2, config.weight_decay, config.batch_size) == (1e-3, 0, 128)
-    adamw = cars.defaults("adamw", folder)
-    assert (adamw.optimizer, adamw.l2, adamw.weight_decay) == ("adamw", 0, 0.1)
+
+
+def test_what_a_recipe_and_an_optimizer_bring(folder):
+    """From Python as from the command line; decays are an optimizer's own."""
+    for changes, expected in (
+        ({}, ("adam", 0, 1e-3)),
+        ({"recipe": "adamw"}, ("adamw", 0.1, 0)),
+        ({"recipe": "adamw", "weight_decay": 0.3}, ("adamw", 0.3, 0)),
+        ({"l2": 0.0}, ("adam", 0, 0)),
+        ({"optimizer": "optax.lion"}, ("optax.lion", 0, 0)),
+        ({"optimizer": "sgd", "l2": 1e-4}, ("sgd", 0, 1e-4)),
+    ):
+        c = cars.settled(cars.Config(folder, **changes))
+        assert (c.optimizer, c.weight_decay, c.l2) == expected
 
 
 def test_from_scratch_nothing_is_frozen_and_all_learn_at_one_rate(folder):
@@ -156,7 +168,7 @@ def test_the_head_alone_in_the_first_stage(folder, body, tmp_path):
     state = programs.begin(stage, jnp.int32(0), *before)
     step = jax.jit(programs.train_step, static_argnums=0)
     for i in range(3):
-        state = step(stage, state, *batch(i), 0)
+        state, _ = step(stage, state, *batch(i), 0)
     for name, tree in (("params", state.params), ("stats", state.stats)):
         old = before[0] if name == "params" else before[1]
         for one, other in zip(
@@ -308,7 +320,9 @@ def test_a_run(finished, folder):
     assert lines[1]["learning_rates"]["early"] == pytest.approx(
         lines[1]["learning_rate"] / 9
     )
-    assert all(0 <= line["share_waiting_for_images"] <= 1 for line in lines)
+    for line in lines:
+        assert 0 <= line["share_waiting_for_images"] <= 1
+        assert line["images_per_second"] == pytest.approx(36 / line["seconds"])
     for picture in ("curves.png", "confusion-0.png", "mistakes-0.png"):
         assert imread(out / picture).std() > 0.01
     assert results["images"] == (36, 9) and results["classes"] == 3
@@ -389,6 +403,19 @@ def test_it_learns(folder, tmp_path):
     assert results["tta_accuracy"]["mean"] > 85
     assert results["changed"]["learning_rate"] == 1e-2
     assert results["weights"] is None
+
+
+def test_the_articles_number_is_beside_its_own_recipe_only(
+    finished, folder, body, tmp_path, monkeypatch
+):
+    shutil.copytree(finished[1], tmp_path / "run")
+    monkeypatch.setattr(cars, "ARTICLE_IMAGES", (36, 9))
+    results, _ = run(folder, tmp_path, weights=body, **STAGES)
+    assert "article" not in results  # a ResNet-18
+    config = cars.settled(cars.Config(folder, weights=body))
+    cycle = cars.stages_of(config, 3)[1].cycle
+    results = cars.report(config, cycle, images.read(folder), tmp_path / "run")
+    assert results["article"] == cars.ARTICLE
 
 
 def test_own_model_as_weights(finished, folder, tmp_path):
@@ -489,6 +516,8 @@ def test_killed_for_real(finished, folder, body, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not record.ended(tmp_path / "run", 0)
     done = subprocess.run(
         command, env=env, cwd=root, capture_output=True, text=True, check=False
     )
@@ -540,7 +569,7 @@ def test_it_stops_where_the_loss_is_no_number(folder, tmp_path):
     [
         *(("recipe", "adam"), ("architecture", "vgg16"), ("width", 0), ("size", 16)),
         *(("epochs", 0), ("frozen_epochs", 3), ("divisors", (0, 1, 1)), ("seed", -1)),
-        *(("batch_size", 1), ("batch_size", 64), ("batch_size", 35), ("seeds", 0)),
+        *(("batch_size", 1), ("batch_size", 64), ("batch_size", 34), ("seeds", 0)),
         *(("workers", -1), ("save_every", 0), ("optimizer", "adamm"), ("size", 31)),
         *(("optimizer", "optax.nothing"), ("weight_decay", 0.1)),
     ],
@@ -607,7 +636,7 @@ def test_predict_takes_the_newest_model(finished, folder, monkeypatch, capsys):
     newest.rmdir()
 
 
-def test_predict_from_the_command_line(finished, folder, tmp_path):
+def test_predict_from_the_command_line(finished, folder, tmp_path, capsys):
     _, out = finished
     image = str(folder / "red" / "00.png")
     config = cars.predict_of([image, image, "--top", "1"])
@@ -615,8 +644,12 @@ def test_predict_from_the_command_line(finished, folder, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     model = out / "model-0.safetensors"
-    with pytest.raises(ValueError, match="broken.jpg"):
-        cars.predict(cars.Predict((broken,), model))
+    good = folder / "red" / "00.png"
+    with pytest.raises(ValueError, match=r"cannot be read: .*broken.jpg"):
+        cars.predict(cars.Predict((broken, good), model))
+    assert f"{good}\n" in capsys.readouterr().out  # predicted all the same
+    with pytest.raises(ValueError, match="images must be at least one"):
+        cars.predict(cars.Predict((), model))
     with pytest.raises(ValueError, match="top must be at least 1"):
         cars.predict(cars.Predict((broken,), model, top=0))
     with pytest.raises(ValueError, match="model: there is none in"):
@@ -630,11 +663,12 @@ def test_a_file_that_is_no_model(body, folder):
 
 def test_the_command_line(folder, body):
     args = ["--data-dir", str(folder), "--weights", str(body), "--recipe", "adamw"]
-    config = cars.config_of([*args, "--divisors", "4", "2", "1", "--epochs", "3"])
-    assert (config.optimizer, config.weight_decay, config.l2) == ("adamw", 0.1, 0)
+    args += ["--divisors", "4", "2", "1", "--epochs", "3", "--l2", "0"]
+    config = tyro.cli(cars.Config, args=args)
+    assert (config.recipe, config.weights, config.l2) == ("adamw", body, 0)
     assert config.divisors == (4, 2, 1) and config.epochs == 3
     with pytest.raises(SystemExit):
-        cars.config_of([])  # without data
+        tyro.cli(cars.Config, args=[])  # without data
 
 
 def test_confused(finished):

@@ -193,3 +193,19 @@ def test_counters():
     ours = aj.adamw(line, b1=line, weight_decay=line)
     assert counters(theirs.init(jnp.ones(1))) == 5
     assert counters(ours.init(jnp.ones(1))) == 2
+
+
+def test_nan_in_a_micro_batch():
+    """Optax multiplies the sum of the window before by 0."""
+    grads = [jnp.array([jnp.nan]), *[jnp.ones(1)] * 3]
+    last = {}
+    for name, accumulate in (
+        ("Optax", optax.MultiSteps),
+        ("here", aj.accumulate_gradients),
+    ):
+        tx = accumulate(optax.sgd(1.0), 2)
+        state = tx.init(jnp.ones(1))
+        for g in grads:
+            u, state = tx.update(g, state, jnp.ones(1))
+        last[name] = float(u[0])
+    assert np.isnan(last["Optax"]) and last["here"] == -1

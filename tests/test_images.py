@@ -92,6 +92,31 @@ def test_which_files_are_images(tmp_path):
     assert names(pictures.valid) == ["a/4.bmp"]
 
 
+def test_files_left_out_are_counted(tmp_path, capsys):
+    class_folders(tmp_path, a=5, b=5)
+    for name in ("a/1.heic", "a/2.heic", "b/notes.txt", "b/README", "b/.DS_Store"):
+        (tmp_path / name).write_text("no image")
+    assert len(images.read(tmp_path).train.paths) == 8
+    printed = capsys.readouterr().out
+    assert printed == (
+        f"{tmp_path}: left out, files with other suffixes: 1 of none, 2 of .heic, "
+        "1 of .txt\n"
+    )
+
+
+def test_a_truncated_picture_is_named_before_training(tmp_path):
+    class_folders(tmp_path, a=5, b=5)
+    path = write(tmp_path / "a" / "cut.jpg", 200, 200)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"cannot be read: .*cut\.jpg: .*truncated"):
+        images.read(tmp_path)
+
+
+def test_a_class_of_the_name_train(tmp_path):
+    class_folders(tmp_path, bus=5, train=5)
+    assert images.read(tmp_path).classes == ("bus", "train")
+
+
 def test_folders_that_will_not_do(tmp_path):
     def says(message, *there):
         with pytest.raises(ValueError, match=message):
@@ -652,6 +677,22 @@ def test_seeds(files):
     )
     assert_same([a], [same])
     assert (a[0] != b[0]).any((1, 2, 3)).all()
+
+
+def test_a_batch_is_read_by_many_threads(files, monkeypatch):
+    """Also one that is all there is, as where few images are held out."""
+    seen, open_image = set(), images.open_image
+
+    def slow(*args, **options):
+        seen.add(threading.get_ident())
+        time.sleep(0.01)
+        return open_image(*args, **options)
+
+    monkeypatch.setattr(images, "open_image", slow)
+    files = images.Files(files.paths * 8, np.tile(files.labels, 8))
+    (batch,) = images.eval_batches(files, 8, 64 * len(files.paths), workers=4)
+    assert len(batch["label"]) == len(files.paths) > 2 * images.PIECE
+    assert len(seen) >= 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

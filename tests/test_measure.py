@@ -149,7 +149,7 @@ def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
             config = tyro.cli(script.Config, args=words[2:])
             timed[config.name] = config.architecture, config.width, config.size
         else:
-            config = script.config_of(words[2:])
+            config = tyro.cli(script.Config, args=words[2:])
             runs[config.name] = config
         assert config.out == out
     own = {"bench-224": ("resnet50", 64, 224)} if weights else {}

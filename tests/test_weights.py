@@ -75,11 +75,13 @@ def same(one, other):
 
 def test_from_pytorch_and_back(tmp_path, state_dict, shapes):
     """Every bit, by way of files of both kinds."""
-    torch.save(state_dict, tmp_path / "one.pth")
+    for name in ("one.pth", "one.pth.tar"):
+        torch.save(state_dict, tmp_path / name)
     safetensors.torch.save_file(state_dict, tmp_path / "two.safetensors", {"by": "us"})
     torch.save(state_dict, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name, told in (
         ("one.pth", {}),
+        ("one.pth.tar", {}),
         ("two.safetensors", {"by": "us"}),
         ("old.pt", {}),
     ):
@@ -236,7 +238,10 @@ def test_write_is_complete_or_nothing(tmp_path, monkeypatch):
 def unreadable():
     zipped = lambda path: torch.save({"x": torch.ones(300)}, path)  # noqa: E731
     return {
-        "model.onnx": (b"", "must end in .safetensors or one of .pth, .pt, .bin"),
+        "model.onnx": (
+            b"",
+            "must end in .safetensors or one of .pth, .pth.tar, .pt, .bin",
+        ),
         "nowhere.pth": (None, "there is no such file"),
         "nowhere.safetensors": (None, "there is no such file"),
         "text.safetensors": (b"hello world", "damaged, or not a safetensors file"),

@@ -115,15 +115,18 @@ def here(config: Config, settings, frozen: bool, files: images.Files | None = No
 
     def turn():
         nonlocal state
+        ahead = []
         batches = itertools.repeat(None, config.steps)
         if files is not None:
             batches = batches_of(config, files, config.workers)
         for read in batches:
             x, y = (read["image"], read["label"]) if read else there
             batch = jax.device_put((x, y), place)
-            jax.block_until_ready(state.loss)  # of the step before, as in train.cars
-            state = step(state, *batch, np.int32(0))
-        jax.block_until_ready(state.loss)
+            if len(ahead) == 2:  # as in train.cars
+                ahead.pop(0).block_until_ready()
+            state, loss = step(state, *batch, np.int32(0))
+            ahead.append(loss)
+        jax.block_until_ready(ahead)
 
     return turn
 

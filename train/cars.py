@@ -24,7 +24,6 @@ is not under a cycle), images are augmented as 8-bit integers, and on GPU and TP
 activations are bfloat16.
 """
 
-import argparse
 import csv
 import dataclasses
 import datetime
@@ -69,7 +68,7 @@ Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fine-tunes a ResNet on pictures. --recipe changes the optimizer's defaults."""
+    """Fine-tunes a ResNet on pictures."""
 
     data_dir: Path  # Stanford Cars as published, or a folder with one for each class
     # adam-l2: the article's; adamw: with decoupled decay
@@ -81,7 +80,8 @@ class Config:
     size: int = 224  # pixels of a side of the images
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
 
-    optimizer: str = "adam"  # of adamw_jax, or by its import path: optax.lion
+    # of adamw_jax, or by its import path: optax.lion; None: the recipe's
+    optimizer: str | None = None
     frozen_epochs: int | None = None  # of the head alone; None: 20, from scratch 0
     frozen_learning_rate: float = 1e-2  # the peak of their 1cycle
     epochs: int = 40  # of all the network
@@ -89,8 +89,8 @@ class Config:
     # of that rate in conv1 to layer2, layer3 and layer4, head; None: 9 3 1, from
     # scratch 1 1 1
     divisors: tuple[float, float, float] | None = None
-    weight_decay: float = 0.0  # decoupled, times the learning rate
-    l2: float = 1e-3  # added to the gradient
+    weight_decay: float | None = None  # decoupled, times the rate; None: the recipe's
+    l2: float | None = None  # added to the gradient; None: the recipe's
     b2: float = 0.99  # of our Adam, AdamW and AMSGrad; others: optimizer_args
     # more arguments of the optimizer, such as: eps 1e-6
     optimizer_args: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -121,9 +121,9 @@ class Predict:
 
 
 # What the article does not say of AdamW here: the decay is that of its CIFAR-10.
-RECIPES: dict[str, dict[str, Any]] = {
-    "adam-l2": {"optimizer": "adam", "weight_decay": 0.0, "l2": 1e-3},
-    "adamw": {"optimizer": "adamw", "weight_decay": 0.1, "l2": 0.0},
+RECIPES = {  # optimizer, weight_decay, l2
+    "adam-l2": ("adam", 0.0, 1e-3),
+    "adamw": ("adamw", 0.1, 0.0),
 }
 ARTICLE = "90 on average, 91 with test-time augmentation (the code's README)"
 ARTICLE_IMAGES = (8144, 8041)
@@ -140,29 +140,27 @@ FREE = ("data_dir", "weights", "seeds", "workers", "save_every", "tensorboard", 
 FREE = (*FREE, "name", "overwrite")
 
 
-def defaults(recipe: str, data_dir: Any) -> Config:
-    options: dict[str, Any] = {"recipe": recipe} | RECIPES[recipe]
-    return Config(data_dir, **options)
-
-
 def settled(config: Config) -> Config:
-    """With what depends on whether there are weights."""
-    new = config.weights is None
-    dtype: Any = str(devices.compute_dtype(config.dtype))
-    frozen, divisors = config.frozen_epochs, config.divisors
-    return dataclasses.replace(
-        config,
-        dtype=dtype,
-        frozen_epochs=(0 if new else 20) if frozen is None else frozen,
-        divisors=((1, 1, 1) if new else (9, 3, 1)) if divisors is None else divisors,
-    )
+    """With what the recipe says, and what depends on whether there are weights."""
+    if config.recipe not in RECIPES:
+        raise ValueError(
+            f"recipe must be one of {', '.join(RECIPES)}, got {config.recipe!r}"
+        )
+    optimizer, decay, l2 = RECIPES[config.recipe]
+    if config.optimizer not in (None, optimizer):  # decays are an optimizer's own
+        optimizer, decay, l2 = config.optimizer, 0.0, 0.0
+    frozen, divisors = (20, (9, 3, 1)) if config.weights else (0, (1, 1, 1))
+    found: dict[str, Any] = {"optimizer": optimizer, "weight_decay": decay, "l2": l2}
+    found |= {"frozen_epochs": frozen, "divisors": divisors}
+    found = {k: v for k, v in found.items() if getattr(config, k) is None}
+    found["dtype"] = str(devices.compute_dtype(config.dtype))
+    return dataclasses.replace(config, **found)
 
 
-def check(c: Config, train_size: int) -> None:
-    assert c.frozen_epochs is not None and c.divisors is not None
-    left = train_size % c.batch_size
+def check(c: Any, train_size: int) -> None:  # of a settled configuration
+    left = train_size % max(c.batch_size, 1)
+    fewest = max(2, min(8, c.batch_size // 4))
     rules = {
-        "recipe": (c.recipe in RECIPES, f"one of {', '.join(RECIPES)}"),
         "architecture": (c.architecture in LAYERS, f"one of {', '.join(LAYERS)}"),
         "width": (c.width >= 1, "at least 1"),
         "size": (c.size >= 32, "at least 32"),
@@ -173,9 +171,9 @@ def check(c: Config, train_size: int) -> None:
         "epochs": (c.epochs >= 1, "at least 1"),
         "divisors": (min(c.divisors) > 0, "above 0"),
         "batch_size": (
-            2 <= c.batch_size <= train_size and left != 1,
-            f"in [2, {train_size}], and not leave a last batch of one image, since "
-            "batch norm needs two",
+            2 <= c.batch_size <= train_size and (not left or left >= fewest),
+            f"in [2, {train_size}], and leave no last batch of fewer than {fewest} "
+            f"images, of which batch norm's statistics would be poor: {left} are left",
         ),
         "optimizer": (
             c.optimizer in OURS or "." in c.optimizer,
@@ -265,9 +263,8 @@ def steps_per_epoch(config: Config, train_size: int) -> int:
     return -(-train_size // config.batch_size)
 
 
-def stages_of(config: Config, steps: int) -> list[Stage]:
+def stages_of(config: Any, steps: int) -> list[Stage]:
     """The head alone, if at all, and all of the network, with a fresh optimizer."""
-    assert config.frozen_epochs is not None and config.divisors is not None
     groups = scale_by_group(
         dict(zip(GROUPS, (1 / d for d in config.divisors), strict=True)),
         labels_by_path(GROUPS),
@@ -311,7 +308,7 @@ class Programs(NamedTuple):
     cycle: Phases  # of all stages, to look at
     initial: Any  # seed -> params, stats
     begin: Any  # stage, step, params, stats -> state
-    train_step: Any  # stage, state, pixels, labels, seed -> state
+    train_step: Any  # stage, state, pixels, labels, seed -> state, loss
     predict: Any  # params, stats, pixels -> log-probabilities
 
 
@@ -349,7 +346,7 @@ def build(config: Config, train_size: int, classes: int) -> Programs:
         params = apply_updates(state.params, updates)
         so_far = jnp.where(state.step % steps == 0, 0, state.loss)
         so_far += loss * len(labels)
-        return State(state.step + 1, params, stats, opt, so_far)
+        return State(state.step + 1, params, stats, opt, so_far), loss
 
     def predict(params, stats, pixels):
         return jax.nn.log_softmax(net.logits(params, stats, pixels)[0])
@@ -457,6 +454,7 @@ def main(config: Config) -> dict[str, Any]:
     programs = build(config, size, len(pictures.classes))  # refuses a bad optimizer
     tensors = weights.read(config.weights)[0] if config.weights else {}
     if tensors:  # refuses those of another network
+        print(f"{config.weights}: the body is taken, its classifier is not.")
         shapes = jax.eval_shape(programs.initial, 0)
         weights.load(tensors, *shapes, source=str(config.weights), head=False)
     folder = record.open_folder(
@@ -552,7 +550,8 @@ def train_seed(config, programs, program, pictures, tensors, folder, seed, later
         workers=config.workers,
     )
     began = shown = saved = time.perf_counter()
-    start, first, waited = (began, step), step, 0.0  # first: step of this epoch
+    start, waited, seen = (began, step), 0.0, 0  # of this epoch: seconds, images
+    ahead = []  # losses of the last steps
     for i, stage in enumerate(stages):
         if step >= stage.last:
             continue
@@ -560,17 +559,19 @@ def train_seed(config, programs, program, pictures, tensors, folder, seed, later
             state = program.begin[i](state.step, state.params, state.stats)
         with checkpoint.open_folder(where[i]) as checkpoints:
             while step < stage.last:
-                # a step, while the next images are read and the one before is done
+                # a step, while the next images are read and the last one is done
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 place = batch_place(len(batch["label"]))
                 pixels, labels = jax.device_put((batch["image"], batch["label"]), place)
-                jax.block_until_ready(state.loss)
-                state = program.train_step[i][len(labels)](
+                if len(ahead) == 2:  # no more, for the memory that images take
+                    ahead.pop(0).block_until_ready()
+                state, loss = program.train_step[i][len(labels)](
                     state, pixels, labels, number
                 )
-                step += 1
+                ahead.append(loss)
+                step, seen = step + 1, seen + len(labels)
                 now = time.perf_counter()
                 speed = (step - start[1]) / (now - start[0])
                 left = (later + stages[-1].last - step) / speed
@@ -578,8 +579,8 @@ def train_seed(config, programs, program, pictures, tensors, folder, seed, later
                     if now - shown > SHOW_SECONDS:
                         shown = now
                         line = {"seed": seed, "epoch": step // steps + 1, "step": step}
-                        seen = step % steps * config.batch_size
-                        line |= {"loss": float(state.loss) / seen}
+                        so_far = step % steps * config.batch_size
+                        line |= {"loss": float(state.loss) / so_far}
                         line |= rates_of(config, stage, step - 1)
                         print_progress(config, cycle, line, left)
                     if now - saved > config.save_every:
@@ -598,8 +599,9 @@ def train_seed(config, programs, program, pictures, tensors, folder, seed, later
                 line |= {"valid_loss": valid_loss, "accuracy": accuracy}
                 line |= rates_of(config, stage, step - 1)
                 line |= {
-                    "seconds": seconds * steps / (step - first),  # as if all were here
-                    "images_per_second": config.batch_size * (step - first) / seconds,
+                    # as if no part of it had been before a restart
+                    "seconds": seconds * len(train.labels) / seen,
+                    "images_per_second": seen / seconds,
                     "share_waiting_for_images": waited / seconds,
                 }
                 if not np.isfinite([loss, valid_loss]).all():
@@ -612,17 +614,16 @@ def train_seed(config, programs, program, pictures, tensors, folder, seed, later
                     events.flush()
                 print_progress(config, cycle, line, left)
                 began = shown = saved = time.perf_counter()
-                first, waited = step, 0.0
+                waited, seen = 0.0, 0
             checkpoints.wait()
     if events:
         events.close()
     return state
 
 
-def rates_of(config: Config, stage: Stage, step: int) -> dict[str, Any]:
+def rates_of(config: Any, stage: Stage, step: int) -> dict[str, Any]:
     """What drives a step, and the learning rate of each group."""
     values = {k: float(v) for k, v in stage.cycle.at(step - stage.first).items()}
-    assert config.divisors is not None
     rate = values["learning_rate"]
     if stage.frozen:
         rates = {"head": rate}
@@ -743,9 +744,7 @@ def report(config: Config, cycle: Phases, pictures, folder: Path) -> dict[str, A
         run["images_per_second"] = epochs[-1]["images_per_second"]
         run["share_waiting_for_images"] = epochs[-1]["share_waiting_for_images"]
     recipe = settled(
-        dataclasses.replace(
-            defaults(config.recipe, config.data_dir), weights=config.weights
-        )
+        Config(config.data_dir, recipe=config.recipe, weights=config.weights)
     )
     changed = {
         key: value
@@ -769,7 +768,7 @@ def report(config: Config, cycle: Phases, pictures, folder: Path) -> dict[str, A
         "devices": " and ".join(sorted({start["devices"] for start in starts})),
         "runs": runs,
     }
-    if sizes == ARTICLE_IMAGES:
+    if sizes == ARTICLE_IMAGES and config.weights and not changed:
         results["article"] = ARTICLE
     record.write_json(folder / "results.json", results)
     draw(config, cycle, folder)
@@ -841,15 +840,21 @@ def newest_model(out: Path = Config.out) -> Path:
 
 def predict(config: Predict) -> dict[Path, np.ndarray]:
     """Prints the top classes of each image; returns the probabilities of all."""
+    if not config.images:
+        raise ValueError("images must be at least one file, got none")
     for option, least in (("top", 1), ("views", 0), ("seed", 0)):
         if (value := getattr(config, option)) < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
     path = config.model or newest_model()
     model = load(path)
     print(f"{path}: {len(model.classes)} classes, {model.size} pixels")
-    found = {}
+    found, flaws = {}, []
     for image_path in config.images:
-        image = images.open_image(image_path, model.size)
+        try:
+            image = images.open_image(image_path, model.size)
+        except ValueError as error:  # the others are worth having all the same
+            flaws.append(str(error))
+            continue
         rng = np.random.default_rng(config.seed)
         views = [images.plain_view(image, model.size)]
         views += [
@@ -861,17 +866,9 @@ def predict(config: Predict) -> dict[Path, np.ndarray]:
         print(image_path)
         for best in probabilities.argsort()[::-1][: config.top]:
             print(f"  {100 * probabilities[best]:6.2f} %  {model.classes[best]}")
+    if flaws:
+        raise ValueError(f"images that cannot be read: {'; '.join(flaws)}")
     return found
-
-
-def config_of(args: list[str]) -> Config:
-    """From the command line."""
-    import tyro
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=RECIPES, default="adam-l2")
-    recipe = first.parse_known_args(args)[0].recipe
-    return tyro.cli(Config, args=args, default=defaults(recipe, tyro.MISSING))
 
 
 def predict_of(args: list[str]) -> Predict:
@@ -884,10 +881,12 @@ def predict_of(args: list[str]) -> Predict:
 
 
 if __name__ == "__main__":
+    import tyro
+
     devices.use_compilation_cache()
     if sys.argv[1:2] == ["predict"]:
         predict(predict_of(sys.argv[2:]))
     else:
-        config = config_of(sys.argv[1:])
+        config = tyro.cli(Config)
         devices.use_all_cores(config.batch_size)
         main(config)

@@ -6,6 +6,7 @@ uint8, and what is smaller than the target is enlarged with plain bilinear weigh
 order, the random numbers and the threads are Grain's.
 """
 
+import collections
 import functools
 import math
 import os
@@ -21,7 +22,18 @@ from PIL import Image, ImageOps
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet's, of pixels in [0, 1]
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+}
 EVERY_FIFTH = "every fifth image of each class, in order of file names"
 
 MAX_ZOOM = 1.05  # of the shortest side
@@ -29,6 +41,8 @@ MAX_DEGREES = 10.0
 MAX_LIGHTING = 0.05  # of the brightness, of pixels in [0, 1], and of the contrast
 ZOOM_SHARE = TURN_SHARE = 0.75  # of the pictures
 FLIP_SHARE = 0.5
+
+PIECE = 16  # images that a thread reads at once, or fewer, a divisor of the batch
 
 
 class Files(NamedTuple):
@@ -49,7 +63,7 @@ class Pictures(NamedTuple):
 
 
 def read(data_dir: Path | str) -> Pictures:
-    """The pictures of a folder; the header of each has been read.
+    """The pictures of a folder; each has been decoded once, so that none is damaged.
 
     Where validation images are not apart, a fifth of the training images is held out.
 
@@ -104,7 +118,7 @@ def _cars_by_flag(place: Path) -> Pictures:
 def _class_folders(data_dir: Path) -> Pictures:
     apart = []
     root = data_dir / "train"
-    if root.is_dir():
+    if root.is_dir() and _sub_folders(root):
         places = (data_dir / name for name in ("valid", "val", "test"))
         apart = [place for place in places if place.is_dir()]
     else:
@@ -135,7 +149,7 @@ def _sub_folders(root: Path) -> tuple[str, ...]:
 
 def _listed(root: Path, classes: tuple[str, ...]) -> Files:
     """The images of each class, in order of file names, hidden ones left out."""
-    paths, labels, empty = [], [], []
+    paths, labels, empty, left_out = [], [], [], collections.Counter()
     for label, name in enumerate(classes):
         if not (root / name).is_dir():
             continue  # of a class, validation images may be missing
@@ -144,6 +158,8 @@ def _listed(root: Path, classes: tuple[str, ...]) -> Files:
             folders[:] = [f for f in folders if not f.startswith(".")]
             seen = [Path(folder, f) for f in files if not f.startswith(".")]
             images += [path for path in seen if path.suffix.lower() in SUFFIXES]
+            suffixes = [path.suffix for path in seen]
+            left_out.update(x for x in suffixes if x.lower() not in SUFFIXES)
         paths += sorted(images, key=Path.as_posix)
         labels += [label] * len(images)
         if not images:
@@ -153,6 +169,11 @@ def _listed(root: Path, classes: tuple[str, ...]) -> Files:
             f"{root}: no image ({' '.join(sorted(SUFFIXES))}) in the class folders: "
             f"{_few(empty)}"
         )
+    if left_out:
+        counts = (
+            f"{n} of {suffix or 'none'}" for suffix, n in sorted(left_out.items())
+        )
+        print(f"{root}: left out, files with other suffixes: {', '.join(counts)}")
     return Files(tuple(paths), np.array(labels, np.int32))
 
 
@@ -231,10 +252,9 @@ def _check(data_dir: Path, pictures: Pictures) -> None:
 
 def _flaw(path: Path) -> str | None:
     try:
-        with Image.open(path) as image:
-            _check_mode(image)
-    except Exception as error:  # damaged files bring out many kinds
-        return _says(path, error)
+        open_image(path, least=1)
+    except ValueError as error:
+        return str(error)
 
 
 def _few(names) -> str:
@@ -249,6 +269,8 @@ def _few(names) -> str:
 
 def open_image(path: Path, least: int = 0) -> Image.Image:
     """The (first) picture of a file, upright, in RGB, on white where transparent.
+
+    Of 16 bits a pixel, all count: 12-bit pictures in such files come out dark.
 
     Args:
         path: the file.
@@ -404,8 +426,8 @@ def train_batches(
         seed: what all the random numbers are made of.
         epochs: how often every picture is shown.
         first_step: batches to leave out, at no cost, when a run is resumed.
-        workers: threads, each with a batch of its own; None: as many as cores, 0: none.
-            The batches are the same whatever their number.
+        workers: threads that read; None: as many as cores, 0: none. The batches are
+            the same whatever their number.
 
     Returns:
         {"image": (n, size, size, 3) uint8, "label": (n,) int32}. Its `close()` stops
@@ -417,10 +439,12 @@ def train_batches(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     pictures = grain.MapDataset.range(len(files.paths)).seed(seed).shuffle()
     pictures = pictures.random_map(functools.partial(_train_example, files, size))
-    batches = pictures.batch(batch_size, drop_remainder=False).repeat(epochs)
-    if not 0 <= first_step <= len(batches):
-        raise ValueError(f"first_step must be in [0, {len(batches)}], got {first_step}")
-    return _prefetched(batches[first_step:], workers)
+    steps = -(-len(files.paths) // batch_size)
+    if not 0 <= first_step <= epochs * steps:
+        raise ValueError(
+            f"first_step must be in [0, {epochs * steps}], got {first_step}"
+        )
+    return _batches(pictures, batch_size, epochs, first_step, workers)
 
 
 def eval_batches(
@@ -444,7 +468,7 @@ def eval_batches(
         pictures = pictures.seed(augment_seed).random_map(
             functools.partial(_train_example, files, size)
         )
-    return _prefetched(pictures.batch(batch_size, drop_remainder=False), workers)
+    return _batches(pictures, batch_size, 1, 0, workers)
 
 
 def _train_example(files: Files, size: int, i: int, rng) -> dict[str, Any]:
@@ -474,11 +498,26 @@ def _check_batches(files: Files, size, batch_size, seed, workers: int | None) ->
     return workers
 
 
-def _prefetched(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
-    """Threads, not processes: Pillow lets them run side by side."""
-    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    iterator = iter(batches.to_iter_dataset(options))
+def _batches(
+    pictures, batch_size: int, epochs: int, first_step: int, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Read by threads, not processes: Pillow lets them run side by side.
+
+    Grain gives each thread a piece of a batch, so that many share in even the first.
+    """
+    size = max(n for n in range(1, PIECE + 1) if batch_size % n == 0)
+    pieces = pictures.batch(size, drop_remainder=False)
+    steps, each = -(-len(pictures) // batch_size), batch_size // size
+    epoch, step = divmod(first_step, steps)
+    first = epoch * len(pieces) + step * each
+    options = grain.ReadOptions(
+        num_threads=workers, prefetch_buffer_size=max(2 * workers, 2 * each)
+    )
+    iterator = iter(pieces.repeat(epochs)[first:].to_iter_dataset(options))
     try:
-        yield from iterator
+        for step in range(first_step, epochs * steps):
+            at = step % steps * each  # the last batch of an epoch may be short
+            parts = [next(iterator) for _ in range(min(each, len(pieces) - at))]
+            yield {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
     finally:
         iterator.close()

@@ -16,7 +16,7 @@ NAMES |= {"mean": "running_mean", "var": "running_var"}
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # What DistributedDataParallel, torch.compile and Lightning put before all names.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-PICKLED = (".pth", ".pt", ".bin")
+PICKLED = (".pth", ".pth.tar", ".pt", ".bin")
 
 
 # ---------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ValueError: there is no such file, or it is damaged or something else.
         ImportError: it is one of PyTorch's own, which is not installed.
     """
-    if path.suffix not in (".safetensors", *PICKLED):
+    if not path.name.endswith((".safetensors", *PICKLED)):
         raise ValueError(
             f"{path}: the name of a file of weights must end in .safetensors or one of "
             f"{', '.join(PICKLED)}"
