@@ -32,6 +32,11 @@ from .phases import one_cycle as one_cycle
 from .phases import one_cycle_plateau as one_cycle_plateau
 from .phases import one_cycle_torch as one_cycle_torch
 from .phases import range_test as range_test
+from .quantized import Blocks as Blocks
+from .quantized import QuantizedMomentsState as QuantizedMomentsState
+from .quantized import dequantize_blockwise as dequantize_blockwise
+from .quantized import quantize_blockwise as quantize_blockwise
+from .quantized import quantize_moments as quantize_moments
 from .rounding import round_updates_stochastically as round_updates_stochastically
 from .rounding import stochastic_round as stochastic_round
 from .torch_optimizer import (

@@ -254,7 +254,7 @@ def test_the_torch_loop_has_the_same_cnn(cifar_dir):
     torch = pytest.importorskip("torch")
     net = models.CNN(4, rngs=nnx.Rngs(0))
     _, params, _ = nnx.split(net, nnx.Param, nnx.BatchStat)
-    twin = torch_loop._network(jax.tree.map(np.asarray, params))
+    twin = torch_loop.network(jax.tree.map(np.asarray, params))
     x = np.random.default_rng(0).normal(size=(5, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = twin(torch.from_numpy(x)).numpy()

@@ -56,7 +56,7 @@ def _train(
 
     from train.torch_wide_resnet import crop_and_flip
 
-    net = _network(member["params"])
+    net = network(member["params"])
     optimizer = _optimizer(name, net.parameters(), float(member["decay"]), fused)
     (group,) = optimizer.param_groups
     x, y = torch.from_numpy(train_x), torch.from_numpy(member["labels"]).long()
@@ -99,7 +99,7 @@ def _optimizer(name, params, decay, fused):
     return kind(params, amsgrad=name.startswith("amsgrad"), **options)
 
 
-def _network(params):
+def network(params):
     """The twin of the network in `train.models` that these are the parameters of."""
     from torch import from_numpy, nn
     from torch.nn import functional as F
