@@ -195,7 +195,7 @@ def test_nan_and_infinity_are_not_hidden(dtype, bad):
     x = np.full(8, 0.5, np.float32)
     x[2] = bad
     back = round_trip(jnp.asarray(x), dtype, 4)[2]
-    assert np.isnan(back[:4]).all()
+    assert not np.isfinite(back[:4]).any()
     np.testing.assert_array_equal(back[4:], 0.5)
 
 
@@ -334,7 +334,10 @@ def test_against_float32_adam(stochastic):
 
     A gap between codes is 3 % of nu's largest values and 9 % of those 1e-4 of them,
     half of that of the root. Rounded to nearest, nu keeps an error of half a gap for
-    long, so the ways differ by some 2 to 5 %. Stochastic errors are larger and average.
+    long: 2 to 5 % of a way. Rounded stochastically, it wanders: each step rounds what
+    has changed by some .1 %, up with that probability over the gap, and forgets .1 %,
+    which in the long run gives nu a deviation of sqrt(gap / 2), 14 % for a gap of 4 %,
+    and its root one of 7 %.
     """
     rng = np.random.default_rng(0)
     scale = np.exp(rng.normal(size=(16, 256)))
@@ -347,7 +350,7 @@ def test_against_float32_adam(stochastic):
         for t in (make, tx)
     )
     off = np.sqrt(np.mean((ours[-1] - exact[-1]) ** 2) / np.mean(exact[-1] ** 2))
-    assert 1e-3 < off < 0.05
+    assert 1e-3 < off < (0.07 if stochastic else 0.05)
     # and no bias: the mean way is the same
     way = np.sign(exact[-1])
     assert np.mean(way * ours[-1]) / np.mean(way * exact[-1]) == pytest.approx(

@@ -1,6 +1,6 @@
 """Adam's moments in 32, 16 and 8 bits: what they take, and what they cost.
 
-    python -m train.low_memory --data-dir DIR    # CIFAR-10, ten minutes on two cores
+    python -m train.low_memory --data-dir DIR    # CIFAR-10, ten minutes on a CPU
 
 The small convolutional network of `train.compare` on 5,000 images of CIFAR-10, with
 AdamW and 1cycle: the moments in float32, in bfloat16 and in eight bits, both rounded
