@@ -423,7 +423,7 @@ def test_own_model_as_weights(finished, folder, tmp_path):
     _, out = finished
     model = out / "model-0.safetensors"
     results, _ = run(folder, tmp_path, weights=model, **STAGES)
-    assert results["weights"] == "model-0.safetensors"
+    assert results["weights"] == "run/model-0.safetensors"
 
 
 def test_the_numbers_do_not_depend_on_devices_and_workers(

@@ -49,6 +49,27 @@ def test_the_tables_of_language_models():
     assert f"validation loss {epoch['valid_loss']:.3f}" in text
 
 
+def test_the_tables_of_cars():
+    text = README.read_text("utf-8")
+    results = README.parent / "results" / "cars" / "cpu"
+    assert tabulate.table(results) in text
+    (body,) = record.lines_of(results / "cifar10-body", "end", 0)
+    assert f"test accuracy {body['plain_accuracy']:.2f} %" in text
+    assert (results / "bench" / "bench.md").read_text("utf-8").strip() in text
+
+
+def test_the_table_of_accumulation():
+    text = README.read_text("utf-8")
+    folder = README.parent / "results" / "accumulate" / "bench-cpu"
+    assert (folder / "bench.md").read_text("utf-8").strip() in text
+
+
+def test_the_table_of_moments_in_eight_bits():
+    text = README.read_text("utf-8")
+    path = README.parent / "results" / "low-memory" / "results.md"
+    assert path.read_text("utf-8").strip() in text
+
+
 def test_the_table_of_the_run_that_changes_the_library():
     text = README.read_text("utf-8")
     folder = README.parent / "results" / "continue-from-torch"

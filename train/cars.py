@@ -754,7 +754,7 @@ def report(config: Config, cycle: Phases, pictures, folder: Path) -> dict[str, A
     sizes = (len(pictures.train.labels), len(pictures.valid.labels))
     results: dict[str, Any] = {
         "recipe": config.recipe,
-        "weights": config.weights and config.weights.name,
+        "weights": config.weights and "/".join(config.weights.parts[-2:]),
         "changed": changed,  # what is not as in the recipe
         "images": sizes,
         "classes": len(pictures.classes),

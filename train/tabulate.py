@@ -89,12 +89,14 @@ def language_models(runs: list[dict[str, Any]]) -> str:
 
 def pictures(runs: list[dict[str, Any]]) -> str:
     """Accuracies of fine-tuned and other ResNets."""
-    head = ("recipe", "begun with", "the article's, %", "measured, %")
+    head = ("recipe", "images", "begun with", "the article's, %", "measured, %")
     rows: list[tuple[str, ...]] = [
         (*head, "with augmentation", "n", "epochs", "s of training")
         + ("not as in the recipe",)
     ]
-    for run in sorted(runs, key=lambda run: (run["weights"] or "", run["recipe"])):
+    for run in sorted(
+        runs, key=lambda run: (run["classes"], run["weights"] or "", run["recipe"])
+    ):
         changed = dict(run["changed"])
         frozen, epochs = (changed.pop(k, None) for k in ("frozen_epochs", "epochs"))
         frozen = frozen or (0 if frozen == 0 or not run["weights"] else 20)
@@ -102,6 +104,7 @@ def pictures(runs: list[dict[str, Any]]) -> str:
         rows.append(
             (
                 run["recipe"],
+                f"{run['images'][0]:,} of {run['classes']} classes",
                 run["weights"] or "random weights",
                 run.get("article", "–"),
                 report.spread(run["accuracy"]),
