@@ -59,6 +59,14 @@ def test_the_tables_of_cars():
     assert (results / "bench" / "bench.md").read_text("utf-8").strip() in text
 
 
+def test_the_tables_of_updates():
+    text = README.read_text("utf-8")
+    pages = sorted((README.parent / "results" / "update").glob("*/bench.md"))
+    assert len(pages) == 5
+    for page in pages:
+        assert page.read_text("utf-8").strip() in text
+
+
 def test_the_table_of_accumulation():
     text = README.read_text("utf-8")
     folder = README.parent / "results" / "accumulate" / "bench-cpu"
