@@ -50,7 +50,7 @@ from adamw_jax import (
     no_decay_on_bias_and_norm,
 )
 from train import batches, data, devices, plots, record
-from train.models import conv, max_pool
+from train.models import conv, global_max, max_pool
 
 # ---------------------------------------------------------------------------
 # config
@@ -252,7 +252,7 @@ class Net(nnx.Module):
                 even = x.shape[1] // 2 * 2
                 x = max_pool(x[:, :even, :even])
             x = nnx.gelu(norm(x))
-        return self.head(x.max((1, 2))).astype(jnp.float32) / 3
+        return self.head(global_max(x)).astype(jnp.float32) / 3
 
 
 def modes(config: Config, dtype) -> tuple[Any, Any]:

@@ -106,6 +106,19 @@ def max_pool(x):
     return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
+def global_max(maps):
+    """Over the image; the gradient goes to the first of the largest, as in PyTorch.
+
+    The gradient of `jnp.max` can be wrong: it goes to what is *equal* to the result,
+    which is nothing where XLA computes the maps once more and rounds otherwise.
+    """
+    n, h, w, c = maps.shape
+    maps = maps.reshape(n, h * w, c)
+    first = jnp.argmax(maps, axis=1, keepdims=True)
+    places = jnp.arange(h * w)[:, None]
+    return jnp.where(places == first, maps, 0).sum(1)
+
+
 class CNN(nnx.Module):
     """Three blocks of conv, pool, batch norm and ReLU, then the mean over the image.
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from train.models import global_max
+
 # ---------------------------------------------------------------------------
 # the body
 # ---------------------------------------------------------------------------
@@ -214,24 +216,11 @@ class Head(nnx.Module):
             keys = jax.random.split(key)
         norm1, dropout1, linear1, relu, norm2, dropout2, linear2 = self.fc
         maps = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
-        x = jnp.concatenate([_maximum(maps), maps.mean((1, 2))], axis=1)
+        x = jnp.concatenate([global_max(maps), maps.mean((1, 2))], axis=1)
         x = dropout1(norm1(x, not train), deterministic=not train, rngs=keys[0])
         x = relu(linear1(x))
         x = dropout2(norm2(x, not train), deterministic=not train, rngs=keys[1])
         return linear2(x)
-
-
-def _maximum(maps):
-    """Over the image; the gradient goes to the first of the largest, as in PyTorch.
-
-    The gradient of `jnp.max` is wrong here: it goes to what is *equal* to the result,
-    which may be nothing, since XLA computes the maps once more, rounded otherwise.
-    """
-    n, h, w, c = maps.shape
-    maps = maps.reshape(n, h * w, c)
-    first = jnp.argmax(maps, axis=1, keepdims=True)
-    places = jnp.arange(h * w)[:, None]
-    return jnp.where(places == first, maps, 0).sum(1)
 
 
 def _linear(n_in, n_out, rngs):
