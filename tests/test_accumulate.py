@@ -314,22 +314,6 @@ def test_the_inner_transformation_gets_the_nan():
     assert int(state.skipped) == 0
 
 
-def test_nan_leaks_from_optax(lenient):
-    """In 0.2.8: an inner one that divides by a norm, at a first gradient of zero."""
-    if optax.__version__ != "0.2.8":
-        pytest.skip("a fact about Optax 0.2.8")
-
-    p, zeros = jnp.ones(2), jnp.zeros(2)
-    normalize = optax.stateless(lambda u, _: u / jnp.linalg.norm(u))
-    theirs = optax.MultiSteps(normalize, 2)
-    assert np.isnan(theirs.update(zeros, theirs.init(p), p)[0]).all()
-    ours = aj.accumulate_gradients(normalize, 2)
-    updates, state = ours.update(zeros, ours.init(p), p)
-    np.testing.assert_array_equal(updates, 0)
-    updates, _ = ours.update(jnp.array([3.0, 4.0]), state, p)
-    np.testing.assert_allclose(updates, [0.6, 0.8])
-
-
 @both_ways
 def test_micro_batches_that_are_left_out(step):
     """All leaves of them; the mean is that of the others."""

@@ -209,3 +209,16 @@ def test_nan_in_a_micro_batch():
             u, state = tx.update(g, state, jnp.ones(1))
         last[name] = float(u[0])
     assert np.isnan(last["Optax"]) and last["here"] == -1
+
+
+def test_nan_leaks_from_optax():
+    """An inner one that divides by a norm, at a first gradient of zero."""
+    p, zeros = jnp.ones(2), jnp.zeros(2)
+    normalize = optax.stateless(lambda u, _: u / jnp.linalg.norm(u))
+    theirs = optax.MultiSteps(normalize, 2)
+    assert np.isnan(theirs.update(zeros, theirs.init(p), p)[0]).all()
+    ours = aj.accumulate_gradients(normalize, 2)
+    updates, state = ours.update(zeros, ours.init(p), p)
+    np.testing.assert_array_equal(updates, 0)
+    updates, _ = ours.update(jnp.array([3.0, 4.0]), state, p)
+    np.testing.assert_allclose(updates, [0.6, 0.8])

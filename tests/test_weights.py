@@ -236,7 +236,9 @@ def test_write_is_complete_or_nothing(tmp_path, monkeypatch):
 
 
 def unreadable():
-    zipped = lambda path: torch.save({"x": torch.ones(300)}, path)  # noqa: E731
+    def zipped(path):
+        torch.save({"x": torch.ones(300)}, path)
+
     return {
         "model.onnx": (
             b"",

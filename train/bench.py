@@ -422,11 +422,8 @@ def main(config: Cifar10 | LanguageModel) -> dict[str, Any]:
         if name in rows:
             results[key] = rows[first]["median_ms"] / rows[name]["median_ms"]
     environment = record.environment()
-    record.write_json(folder / "config.json", dataclasses.asdict(config) | environment)
-    record.write_json(folder / "bench.json", results)
     page = report(config, task, results, environment)
-    (folder / "bench.md").write_text(page, encoding="utf-8")
-    print(f"\n{page}\nWrote {folder}.")
+    record.write_bench(folder, config, environment, results, page)
     return results
 
 

@@ -174,11 +174,8 @@ def main(config: Config) -> dict[str, Any]:
         },
     }
     environment = record.environment()
-    record.write_json(folder / "config.json", dataclasses.asdict(config) | environment)
-    record.write_json(folder / "bench.json", results)
     page = report(config, rows, environment)
-    (folder / "bench.md").write_text(page, encoding="utf-8")
-    print(f"{page}\nWrote {folder}.")
+    record.write_bench(folder, config, environment, results, page)
     return results
 
 

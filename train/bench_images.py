@@ -248,11 +248,8 @@ def measure(config: Config, settings, files: images.Files) -> dict[str, Any]:
         "here_over_eager": median[step] / median[torch] if torch in median else None,
     }
     environment = record.environment()
-    record.write_json(folder / "config.json", dataclasses.asdict(config) | environment)
-    record.write_json(folder / "bench.json", results)
     page = report(config, settings, results, environment)
-    (folder / "bench.md").write_text(page, encoding="utf-8")
-    print(f"\n{page}\nWrote {folder}.")
+    record.write_bench(folder, config, environment, results, page)
     return results
 
 

@@ -294,11 +294,8 @@ def main(config: Config) -> dict[str, Any]:
         },
     }
     environment = record.environment()
-    record.write_json(folder / "config.json", dataclasses.asdict(config) | environment)
-    record.write_json(folder / "bench.json", results)
     page = report(config, results, environment)
-    (folder / "bench.md").write_text(page, encoding="utf-8")
-    print(f"\n{page}\nWrote {folder}.")
+    record.write_bench(folder, config, environment, results, page)
     return results
 
 

@@ -55,7 +55,13 @@ from adamw_jax import (
     scale_by_group,
 )
 from train import checkpoint, confusion, devices, images, plots, record, weights
-from train.optimizer import OURS, check_optimizer, optimizer_of, rate_alone
+from train.optimizer import (
+    OURS,
+    check_optimizer,
+    optimizer_of,
+    optimizer_rules,
+    rate_alone,
+)
 from train.report import spread, summary
 from train.resnet import LAYERS, Head, ResNet
 
@@ -175,22 +181,11 @@ def check(c: Any, train_size: int) -> None:  # of a settled configuration
             f"in [2, {train_size}], and leave no last batch of fewer than {fewest} "
             f"images, of which batch norm's statistics would be poor: {left} are left",
         ),
-        "optimizer": (
-            c.optimizer in OURS or "." in c.optimizer,
-            f"one of {', '.join(OURS)}, or an import path as optax.lion",
-        ),
+        **optimizer_rules(c),
         "seeds": (c.seeds >= 1, "at least 1"),
         "seed": (0 <= c.seed <= 2**30 - c.seeds, f"in [0, {2**30 - c.seeds}]"),
         "workers": (c.workers is None or c.workers >= 0, "None or at least 0"),
         "save_every": (c.save_every > 0, "above 0"),
-        "b1": (
-            c.optimizer in OURS or c.b1 == Config.b1,
-            f"left alone with {c.optimizer}, which takes it by optimizer_args",
-        ),
-        "b2": (
-            c.optimizer in OURS[:3] or c.b2 == Config.b2,
-            f"left alone with {c.optimizer}, which takes it by optimizer_args",
-        ),
         "tensorboard": (
             not c.tensorboard or importlib.util.find_spec("tensorboardX"),
             "False, since tensorboardX is not installed: pip install tensorboardX",
@@ -746,11 +741,7 @@ def report(config: Config, cycle: Phases, pictures, folder: Path) -> dict[str, A
     recipe = settled(
         Config(config.data_dir, recipe=config.recipe, weights=config.weights)
     )
-    changed = {
-        key: value
-        for key, value in vars(config).items()
-        if key not in (*FREE, "seed", "dtype") and value != getattr(recipe, key)
-    }
+    changed = record.changed(config, recipe, (*FREE, "seed", "dtype"))
     sizes = (len(pictures.train.labels), len(pictures.valid.labels))
     results: dict[str, Any] = {
         "recipe": config.recipe,

@@ -40,7 +40,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamw_jax import Phases, apply_updates, one_cycle
 from train import batches, checkpoint, data, devices, plots, record, tta
-from train.optimizer import OURS, check_optimizer, optimizer_of, rate_alone
+from train.optimizer import (
+    OURS,
+    check_optimizer,
+    optimizer_of,
+    optimizer_rules,
+    rate_alone,
+)
 from train.report import spread, summary
 from train.wide_resnet import WideResNet
 
@@ -137,20 +143,9 @@ def check(c: Config, train_size: int) -> None:
             2 <= c.batch_size <= (c.train_size or train_size),
             f"in [2, {c.train_size or train_size}]",
         ),
-        "optimizer": (
-            c.optimizer in OURS or "." in c.optimizer,
-            f"one of {', '.join(OURS)}, or an import path as optax.lion",
-        ),
+        **optimizer_rules(c),
         "seeds": (c.seeds >= 1, "at least 1"),
         "seed": (0 <= c.seed <= 2**31 - c.seeds, f"in [0, {2**31 - c.seeds}]"),
-        "b1": (
-            c.optimizer in OURS or c.b1 == Config.b1,
-            f"left alone with {c.optimizer}, which takes it by optimizer_args",
-        ),
-        "b2": (
-            c.optimizer in OURS[:3] or c.b2 == Config.b2,
-            f"left alone with {c.optimizer}, which takes it by optimizer_args",
-        ),
         "tensorboard": (
             not c.tensorboard or importlib.util.find_spec("tensorboardX"),
             "False, since tensorboardX is not installed: pip install tensorboardX",
@@ -535,12 +530,8 @@ def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:
     n = len(runs)
     seconds = float(np.mean([run["train_seconds"] for run in runs]))
     recipe = RECIPES[config.recipe]
-    changed = {
-        key: value
-        for key, value in vars(config).items()
-        if key not in (*FREE, "train_size", "seed", "dtype")
-        and value != getattr(recipe, key)
-    }
+    left_out = (*FREE, "train_size", "seed", "dtype")
+    changed = record.changed(config, recipe, left_out)
     if config.train_size != data.CIFAR10_SIZES["train"]:
         changed["train_size"] = config.train_size
     results = {

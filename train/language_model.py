@@ -61,6 +61,7 @@ from train.optimizer import (
     check_optimizer,
     clip_by_global_norm,
     optimizer_of,
+    optimizer_rules,
     rate_alone,
 )
 from train.report import spread, summary
@@ -206,7 +207,7 @@ def check(c: Config) -> None:
         if get_origin(field.type) is Literal
     }
     counts = ("embedding", "width", "layers", "epochs", "lengths", "seeds", "window")
-    alone = f"left alone with {c.optimizer}, which takes it by optimizer_args"
+    others = optimizer_rules(c)
     rules = {
         **{
             name: (getattr(c, name) in allowed, f"one of {', '.join(allowed)}")
@@ -220,12 +221,8 @@ def check(c: Config) -> None:
         "clip": (c.clip > 0, "above 0"),
         "theta": (0 <= c.theta < np.inf, "at least 0"),
         "lambda_": (0 <= c.lambda_ <= 1, "in [0, 1]"),
-        "optimizer": (
-            c.optimizer in OURS or "." in c.optimizer,
-            f"one of {', '.join(OURS)}, or an import path as optax.lion",
-        ),
-        "b1": (c.optimizer in OURS or c.b1 in (Config.b1, (0.0, 0.0)), alone),
-        "b2": (c.optimizer in OURS[:3] or c.b2 == Config.b2, alone),
+        **others,
+        "b1": (others["b1"][0] or c.b1 == (0.0, 0.0), others["b1"][1]),
         "cudnn": (
             not c.cudnn
             or (jax.default_backend(), jax.device_count(), c.model, c.dtype)
@@ -851,11 +848,7 @@ def report(config: Config, cycle: Phases, corpus, folder: Path) -> dict[str, Any
             np.mean([line["tokens_per_second"] for line in epochs])
         )
     recipe = defaults(config.model, config.recipe, config.data_dir is None)
-    changed = {
-        key: value
-        for key, value in vars(config).items()
-        if key not in (*FREE, "seed") and value != getattr(recipe, key)
-    }
+    changed = record.changed(config, recipe, (*FREE, "seed"))
     end_of_line = corpus.vocabulary.index(text.EOS)
     results: dict[str, Any] = {
         "model": config.model,

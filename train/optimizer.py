@@ -15,6 +15,19 @@ from adamw_jax import Phases
 OURS = ("adam", "adamw", "amsgrad", "sgd")  # the last has no b2
 
 
+def optimizer_rules(c: Any) -> dict[str, tuple[Any, str]]:
+    """For a script's `check`: by option, whether it is right, and what it must be."""
+    alone = f"left alone with {c.optimizer}, which takes it by optimizer_args"
+    return {
+        "optimizer": (
+            c.optimizer in OURS or "." in c.optimizer,
+            f"one of {', '.join(OURS)}, or an import path as optax.lion",
+        ),
+        "b1": (c.optimizer in OURS or c.b1 == type(c).b1, alone),
+        "b2": (c.optimizer in OURS[:3] or c.b2 == type(c).b2, alone),
+    }
+
+
 def optimizer_of(config: Any, cycle: Phases) -> optax.GradientTransformation:
     """Ours are driven by all of the cycle, others by its learning rate."""
     if config.optimizer in OURS:

@@ -1,6 +1,7 @@
 """The folder of a run, and the circumstances that are written there."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -192,6 +193,29 @@ def forget(log: Path, seed: int, step: int, epochs: int) -> None:
             "was it changed? Choose another --name, or pass --overwrite"
         )
     rewrite_lines(log, lines)
+
+
+def write_bench(
+    folder: Path,
+    config: Any,
+    environment: dict[str, Any],
+    results: dict[str, Any],
+    page: str,
+) -> None:
+    """config.json, bench.json and bench.md, which is printed too."""
+    write_json(folder / "config.json", dataclasses.asdict(config) | environment)
+    write_json(folder / "bench.json", results)
+    (folder / "bench.md").write_text(page, encoding="utf-8")
+    print(f"\n{page}\nWrote {folder}.")
+
+
+def changed(config: Any, recipe: Any, left_out: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that are not as in the recipe."""
+    return {
+        key: value
+        for key, value in vars(config).items()
+        if key not in left_out and value != getattr(recipe, key)
+    }
 
 
 def event_writer(folder: Path, step: int) -> Any:
