@@ -52,6 +52,7 @@ from .transforms import ScaleByAmsgradState as ScaleByAmsgradState
 from .transforms import TraceState as TraceState
 from .transforms import add_decayed_weights as add_decayed_weights
 from .transforms import add_l2_gradient as add_l2_gradient
+from .transforms import clip_by_global_norm as clip_by_global_norm
 from .transforms import normalized_weight_decay as normalized_weight_decay
 from .transforms import scale_by_adam as scale_by_adam
 from .transforms import scale_by_amsgrad as scale_by_amsgrad

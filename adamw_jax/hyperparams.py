@@ -61,10 +61,11 @@ def with_hyperparams(
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from adamw_jax import one_cycle, scale_by_adam, scale_by_learning_rate
+        >>> from adamw_jax import clip_by_global_norm, one_cycle, scale_by_adam
+        >>> from adamw_jax import scale_by_learning_rate
         >>> tx = with_hyperparams(
         ...     lambda learning_rate, b1: optax.chain(
-        ...         optax.clip_by_global_norm(0.12),
+        ...         clip_by_global_norm(0.12),
         ...         scale_by_adam(b1, b2=0.99),
         ...         scale_by_learning_rate(learning_rate)),
         ...     learning_rate=one_cycle(3e-3, steps=1000), b1=0.9)

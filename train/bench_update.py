@@ -143,7 +143,7 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     theirs = optax.adamw(rate, *BETAS, weight_decay=DECAY, mask=kernels)
     return {
         "here": optax.chain(
-            optax.clip_by_global_norm(CLIP),
+            aj.clip_by_global_norm(CLIP),
             aj.adamw(cycle, weight_decay=DECAY, mask=kernels),
         ),
         "Optax": optax.chain(optax.clip_by_global_norm(CLIP), theirs),

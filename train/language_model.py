@@ -44,7 +44,13 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adamw_jax import Phase, Phases, apply_updates, one_cycle_plateau
+from adamw_jax import (
+    Phase,
+    Phases,
+    apply_updates,
+    clip_by_global_norm,
+    one_cycle_plateau,
+)
 from train import (
     awd,
     checkpoint,
@@ -59,7 +65,6 @@ from train import (
 from train.optimizer import (
     OURS,
     check_optimizer,
-    clip_by_global_norm,
     optimizer_of,
     optimizer_rules,
     rate_alone,
@@ -396,7 +401,8 @@ def build(config: Config, words: int, rows: int) -> Programs:
     """What is compiled, for columns of so many rows, padded at their end."""
     tables = [text.chunks(rows, config.bptt, 0, i, config.chunks) for i in range(10)]
     cycle = cycle_of(config, round(np.mean([len(table) for table in tables])))
-    tx = optax.chain(clip_by_global_norm(config.clip), optimizer_of(config, cycle))
+    clip = clip_by_global_norm(config.clip, eps=1e-6)  # as PyTorch's
+    tx = optax.chain(clip, optimizer_of(config, cycle))
     net = nnx.eval_shape(lambda: network(config, words, 0))
     graphdef = nnx.graphdef(net)
     check_optimizer(config, tx, nnx.state(net, nnx.Param))

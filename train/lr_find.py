@@ -40,9 +40,17 @@ import numpy as np
 import optax
 from flax import nnx
 
-from adamw_jax import adam, adamw, amsgrad, apply_updates, range_test, sgd
+from adamw_jax import (
+    adam,
+    adamw,
+    amsgrad,
+    apply_updates,
+    clip_by_global_norm,
+    range_test,
+    sgd,
+)
 from train import batches, data, devices, language_model, plots, record, text
-from train.optimizer import clip_by_global_norm, optimizer_of
+from train.optimizer import optimizer_of
 from train.wide_resnet import WideResNet
 
 # ---------------------------------------------------------------------------
@@ -429,7 +437,7 @@ def language_model_task(config: LanguageModel) -> Task:
         return loss, (hidden, key)
 
     def optimizer(schedule):
-        clip = clip_by_global_norm(settings.clip)
+        clip = clip_by_global_norm(settings.clip, eps=1e-6)  # as PyTorch's
         return optax.chain(clip, optimizer_of(settings, schedule))
 
     sizes = (

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import adamw_jax
@@ -81,17 +80,3 @@ def check_optimizer(config: Any, tx: optax.GradientTransformation, params: Any) 
             f"optimizer: {config.optimizer} is not a transformation of gradients that "
             f"needs nothing but them and the parameters: {error}"
         ) from error
-
-
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Gradients times max_norm / (norm + 1e-6), where that is below 1.
-
-    As PyTorch's clip_grad_norm_ does it; Optax's has no 1e-6.
-    """
-
-    def clip(updates, params):
-        del params
-        factor = jnp.minimum(1, max_norm / (optax.tree.norm(updates) + 1e-6))
-        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
-
-    return optax.stateless(clip)

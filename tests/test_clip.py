@@ -1,0 +1,156 @@
+"""Clipping by global norm, beside Optax and PyTorch, and what its pass costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adamw_jax as aj
+
+rng = np.random.default_rng(2)
+GRADS = {"a": rng.normal(size=(7, 3)), "b": {"w": rng.normal(size=5)}, "c": 2.0}
+
+
+def as_arrays(tree, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+def clip(grads, *args, **kwargs):
+    tx = aj.clip_by_global_norm(*args, **kwargs)
+    return jax.jit(lambda g: tx.update(g, tx.init(g))[0])(grads)
+
+
+def compare(new, expected, **kwargs):
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, **kwargs)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 100.0])
+def test_against_numpy_and_optax(x64, lenient, max_norm):
+    grads = as_arrays(GRADS, jnp.float64)
+    new = clip(grads, max_norm)
+    norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(GRADS)))
+    expected = jax.tree.map(lambda g: g * min(1, max_norm / norm), GRADS)
+    compare(new, expected, rtol=1e-14)
+    theirs = optax.clip_by_global_norm(max_norm)
+    compare(new, theirs.update(grads, theirs.init(grads))[0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 100.0])
+def test_against_pytorch(x64, max_norm):
+    grads = as_arrays(GRADS, jnp.float64)
+    leaves = [torch.zeros(g.shape, dtype=float) for g in jax.tree.leaves(grads)]
+    for leaf, g in zip(leaves, jax.tree.leaves(grads), strict=True):
+        leaf.grad = torch.tensor(np.asarray(g))
+    torch.nn.utils.clip_grad_norm_(leaves, max_norm)
+    new = jax.tree.leaves(clip(grads, max_norm, eps=1e-6))
+    compare(new, [leaf.grad.numpy() for leaf in leaves], rtol=1e-14)
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5),
+    st.floats(2.0**-10, 1000, width=32),
+)
+def test_one_factor_and_no_more_than_the_norm(values, max_norm):
+    with jax.numpy_dtype_promotion("strict"):
+        new = np.asarray(clip(jnp.array(values, jnp.float32), max_norm), float)
+    values = np.array(values)
+    assert np.linalg.norm(new) <= max_norm * (1 + 1e-6)
+    if np.linalg.norm(values) < max_norm * (1 - 1e-6):
+        np.testing.assert_array_equal(new, values)  # to the bit
+    else:
+        expected = values * max_norm / max(np.linalg.norm(values), 1e-30)
+        np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-37)
+
+
+def test_narrow_gradients_are_not_rounded_again():
+    """Their squares overflow float16, and bfloat16 sums stop growing."""
+    values = rng.normal(size=10_000).astype(np.float32)
+    for dtype, scale in ((jnp.float16, 1e4), (jnp.bfloat16, 1.0)):
+        grads = jnp.asarray(scale * values).astype(dtype)
+        new = clip(grads, 1.0)
+        assert new.dtype == jnp.float32
+        wide = np.asarray(grads, np.float64)
+        np.testing.assert_allclose(new, wide / np.linalg.norm(wide), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_goes_on(bad):
+    new = clip({"a": jnp.array([bad, 1.0]), "b": jnp.array(1.0)}, 1.0)
+    assert np.isnan(new["a"][0])
+    # As Optax and PyTorch: inf / inf is NaN, 1 / inf is 0.
+    np.testing.assert_array_equal(new["a"][1], np.nan if np.isnan(bad) else 0)
+    np.testing.assert_array_equal(new["b"], np.nan if np.isnan(bad) else 0)
+
+
+def test_zero_and_missing_gradients():
+    grads = {"a": jnp.zeros(3), "b": None, "c": optax.MaskedNode()}
+    new = clip(grads, 1.0)
+    assert new["b"] is None and new["c"] == optax.MaskedNode()
+    np.testing.assert_array_equal(new["a"], 0)
+    assert clip({}, 1.0) == {}
+
+
+def test_frozen_leaves_do_not_count():
+    grads = {"a": jnp.array(3.0), "b": jnp.array(1e6)}
+    tx = aj.freeze(aj.clip_by_global_norm(1.0), {"a": False, "b": True})
+    updates, _ = tx.update(grads, tx.init(grads))
+    assert float(updates["a"]) == pytest.approx(1.0)
+
+
+def test_a_scheduled_norm():
+    tx = aj.with_hyperparams(
+        aj.clip_by_global_norm, max_norm=lambda step: 1.0 / (1.0 + step.astype(float))
+    )
+    state = tx.init(jnp.ones(1))
+    for expected in (1.0, 0.5, 1 / 3):
+        updates, state = tx.update(jnp.array([5.0]), state)
+        np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+def test_no_pass_is_needed_for_it():
+    """Beside one read of the gradients; Optax's is materialised by XLA."""
+    size = 100_000
+    p, grads = jnp.ones(size), jnp.ones(size)
+
+    def cost(clip):
+        tx = optax.chain(clip, aj.adamw(1e-3))
+
+        def step(p, state, grads):
+            updates, state = tx.update(grads, state, p)
+            return aj.apply_updates(p, updates), state
+
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(p, tx.init(p), grads)
+        compiled = lowered.compile()
+        return (
+            round(compiled.cost_analysis()["bytes accessed"] / size, 1),
+            round(compiled.memory_analysis().temp_size_in_bytes / size, 1),
+        )
+
+    plain, temporary = cost(optax.identity())
+    assert cost(aj.clip_by_global_norm(1.0)) == (plain + 4, temporary)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"max_norm": 0.0}, "max_norm must be > 0, got 0.0"),
+        ({"max_norm": -1.0}, "max_norm must be .* got -1.0"),
+        ({"max_norm": np.nan}, "max_norm must be .* got nan"),
+        ({"max_norm": 1.0, "eps": -1.0}, "eps must be .* got -1.0"),
+    ],
+)
+def test_bad_arguments(args, message):
+    with pytest.raises(ValueError, match=message):
+        aj.clip_by_global_norm(**args)
+
+
+def test_integer_gradients_are_named():
+    tx = aj.clip_by_global_norm(1.0)
+    with pytest.raises(TypeError, match="update a/b has dtype int32"):
+        tx.update({"a": {"b": jnp.arange(3)}}, tx.init({}))
