@@ -8,6 +8,10 @@ from .accumulate import AccumulateState as AccumulateState
 from .accumulate import accumulate_gradients as accumulate_gradients
 from .accumulate import has_updated as has_updated
 from .accumulate import update_and_apply as update_and_apply
+from .flat import Flat as Flat
+from .flat import flatten as flatten
+from .flat import flatten_like as flatten_like
+from .flat import unflatten as unflatten
 from .hyperparams import HyperparamsState as HyperparamsState
 from .hyperparams import current_hyperparams as current_hyperparams
 from .hyperparams import override_hyperparams as override_hyperparams

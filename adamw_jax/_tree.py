@@ -143,6 +143,23 @@ def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
     )
 
 
+def broadcast(name: str, mask: Any, params: Any) -> Any:
+    """The value for every leaf of params of a mask, which may be a prefix of them."""
+    # A callable module (Equinox) of bools is a tree, although it can be called.
+    leaves = jax.tree.leaves(mask)
+    is_tree = leaves and all(isinstance(x, bool | np.bool_) for x in leaves)
+    tree = mask(params) if callable(mask) and not is_tree else mask
+    if not jax.tree.leaves(params):  # nothing to mask; optax.tree.map_params asks so
+        return params
+    try:
+        return jax.tree.map(lambda x, sub: jax.tree.map(lambda _: x, sub), tree, params)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{name} does not have the structure of the parameters: "
+            f"{describe_mismatch(name, tree, params)}"
+        ) from None
+
+
 def leaves_like(updates: Any, name: str, tree: Any) -> list[Any]:
     """The leaves of a tree in the order of the updates' leaves, None included."""
     try:

@@ -15,13 +15,14 @@ import numpy as np
 import optax
 
 from ._tree import (
+    broadcast,
     check_scalar,
-    describe_mismatch,
     is_none,
     leaves_like,
     map_leaves,
     path_string,
 )
+from .flat import Flat, collapse, struct_tree
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -58,7 +59,7 @@ def mask_by(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
             lambda path, leaf: bool(predicate(path_string(path), leaf)), params
         )
 
-    return mask
+    return _per_array("mask", mask)
 
 
 def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
@@ -96,7 +97,7 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
             )
         return mask_by(lambda path, _: matches(path))(params)
 
-    return mask
+    return _per_array("mask", mask)
 
 
 def no_decay_on_bias_and_norm(params: Any) -> Any:
@@ -205,7 +206,9 @@ def labels_by_path(
             raise ValueError(f"leaf {name} matches none of {dict(patterns)}")
         return default
 
-    return lambda params: jax.tree_util.tree_map_with_path(label, params)
+    return _per_array(
+        "labels", lambda params: jax.tree_util.tree_map_with_path(label, params)
+    )
 
 
 def scale_by_group(
@@ -251,7 +254,7 @@ def scale_by_group(
         check_scalar(f"multipliers[{name!r}]", value)
 
     def resolve(params):
-        tree = _broadcast("labels", _call(labels, params), params)
+        tree = _per_array("labels", lambda p: broadcast("labels", labels, p))(params)
         for path, label in jax.tree_util.tree_leaves_with_path(tree):
             if label not in multipliers:
                 raise ValueError(
@@ -350,10 +353,7 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
     """The tree of bools, one for every leaf of params."""
     if mask is None:
         return jax.tree.map(lambda _: True, params)
-    # A callable module (Equinox) of bools is a tree, although it can be called.
-    leaves = jax.tree.leaves(mask)
-    is_tree = leaves and all(isinstance(x, bool | np.bool_) for x in leaves)
-    tree = _broadcast("mask", mask if is_tree else _call(mask, params), params)
+    tree = _per_array("mask", lambda p: broadcast("mask", mask, p))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, bool | np.bool_):
             raise TypeError(
@@ -362,26 +362,20 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
     return tree
 
 
-def _call(mask: Any, params: Any) -> Any:
-    return mask(params) if callable(mask) else mask
-
-
 def leaf_flags(mask: Mask, params: Any, updates: Any) -> list[bool]:
     """The mask as a list in the order of the updates' leaves, None leaves included."""
     return leaves_like(updates, "params", resolve_mask(mask, params))
 
 
-def _broadcast(name: str, tree: Any, params: Any) -> Any:
-    """Gives every leaf of params its value in a tree that may be a prefix of theirs."""
-    if not jax.tree.leaves(params):  # nothing to mask; optax.tree.map_params asks so
-        return params
-    try:
-        return jax.tree.map(lambda x, sub: jax.tree.map(lambda _: x, sub), tree, params)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"{name} does not have the structure of the parameters: "
-            f"{describe_mismatch(name, tree, params)}"
-        ) from None
+def _per_array(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function of a tree, which gives a :class:`Flat` a value for each array."""
+
+    def on_any(params):
+        if not isinstance(params, Flat):
+            return function(params)
+        return collapse(name, function(struct_tree(params)), params)
+
+    return on_any
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
