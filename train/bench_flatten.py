@@ -120,7 +120,7 @@ def main(config: Config) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for layers in config.layers:
         costs: dict[str, dict[str, float]] = {way: {} for way in config.ways}
-        makers = {
+        makers: dict[str, Callable[[], Any]] = {
             way: functools.partial(training, way, layers, config.calls, costs[way])
             for way in config.ways
         }
