@@ -180,6 +180,35 @@ def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
     assert again == ["scratch-adamw"]
 
 
+def test_the_commands_for_updates(measure, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSFORMER", "0.2")
+    command = TRAIN / "measure_update.sh", tmp_path / "out"
+    status, commands = measure(*command, fail="large-full")
+    assert status == 1
+    runs = {}
+    for _, module, *args in commands[:-1]:
+        script = importlib.import_module(module)
+        config = tyro.cli(script.Config, args=args)
+        script.check(config)
+        assert config.out == tmp_path / "out" and config.overwrite
+        runs[config.name] = config
+    updates = {name: config for name, config in runs.items() if hasattr(config, "step")}
+    assert set(runs) - set(updates) == {"flatten", "accumulate"}
+    measured = {(c.leaves, c.step, c.dtype) for c in updates.values()}
+    narrow = ("resnet50", "large", "transformer")
+    assert measured == (
+        {(leaves, "adamw", "float32") for leaves in (*narrow, "tiny")}
+        | {(leaves, "adamw", "bfloat16") for leaves in narrow}
+        | {(leaves, "full", "float32") for leaves in ("resnet50", "large")}
+    )
+    for config in updates.values():
+        assert config.scale == (0.2 if config.leaves == "transformer" else 1)
+    _, commands = measure(*command)  # what failed is done again
+    assert [words[words.index("--name") + 1] for words in commands[:-1]] == [
+        "large-full"
+    ]
+
+
 def test_cifar10_as_a_folder_for_each_class(cifar_dir, tmp_path, monkeypatch):
     """As the script writes it, and train.images reads it: to the last pixel."""
     script = (TRAIN / "measure_cars.sh").read_text()

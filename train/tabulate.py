@@ -3,6 +3,7 @@
 python -m train.tabulate results/cifar10/cpu             # of train.cifar10
 python -m train.tabulate results/language_model/cpu      # of train.language_model
 python -m train.tabulate results/cars/cpu                # of train.cars
+python -m train.tabulate results/update/cpu              # of train.bench_update
 """
 
 import json
@@ -15,13 +16,19 @@ from train.cifar10 import RECIPES
 
 
 def table(folder: Path) -> str:
-    """Markdown, from each results.json in the folders in it."""
+    """Markdown, from each results.json or bench.json in the folders in it."""
     paths = sorted(folder.glob("*/results.json"))
     runs = [json.loads(path.read_text()) for path in paths]
+    benches = [
+        {"config": json.loads((path.parent / "config.json").read_text())}
+        | json.loads(path.read_text())
+        for path in sorted(folder.glob("*/bench.json"))
+    ]
     kinds = {
         "train.cifar10": (cifar10, [r for r in runs if r.get("recipe") in RECIPES]),
         "train.language_model": (language_models, [r for r in runs if "words" in r]),
         "train.cars": (pictures, [r for r in runs if "weights" in r]),
+        "train.bench_update": (updates, [b for b in benches if "here_over" in b]),
     }
     found = [kind for kind in kinds.values() if kind[1]]
     if len(found) != 1:
@@ -113,6 +120,42 @@ def pictures(runs: list[dict[str, Any]]) -> str:
                 f"{frozen} + {epochs}" if frozen else str(epochs),
                 f"{run['train_seconds']:.0f}",
                 listed(changed),
+            )
+        )
+    return report.markdown(rows)
+
+
+def updates(benches: list[dict[str, Any]]) -> str:
+    """Milliseconds of an update, the median of the turns, and bytes for a parameter."""
+    names = list(dict.fromkeys(name for bench in benches for name in bench["rows"]))
+    compiled = [name for name in names if "PyTorch" not in name]
+    rows: list[tuple[str, ...]] = [
+        ("parameters", "step", "floor, ms", *names, "here / PyTorch, fused")
+        + ("bytes for a parameter, floor", *compiled)
+    ]
+
+    def place(bench):
+        config = bench["config"]
+        leaves = ["resnet50", "large", "transformer", "tiny"].index(config["leaves"])
+        return config["step"], config["dtype"] != "float32", leaves
+
+    for bench in sorted(benches, key=place):
+        config, size, measured = bench["config"], bench["parameters"], bench["rows"]
+
+        def cells(key, names, scale=1.0, measured=measured):
+            values = [measured.get(name, {}).get(key) for name in names]
+            return ["–" if x is None else f"{scale * x:.3g}" for x in values]
+
+        ratio = bench["here_over"].get("PyTorch, fused")
+        rows.append(
+            (
+                f"{size:,} {config['dtype']} in {bench['leaves']:,} leaves",
+                config["step"],
+                *cells("floor_ms", ["here"]),
+                *cells("median_ms", names),
+                f"{ratio:.2f}" if ratio else "–",
+                *cells("floor_bytes", ["here"], 1 / size),
+                *cells("bytes_accessed", compiled, 1 / size),
             )
         )
     return report.markdown(rows)
