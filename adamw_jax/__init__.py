@@ -7,7 +7,8 @@ from ._torch import flax_layout as flax_layout
 from .accumulate import AccumulateState as AccumulateState
 from .accumulate import accumulate_gradients as accumulate_gradients
 from .accumulate import has_updated as has_updated
-from .accumulate import update_and_apply as update_and_apply
+from .apply import apply_updates as apply_updates
+from .apply import update_and_apply as update_and_apply
 from .flat import Flat as Flat
 from .flat import flatten as flatten
 from .flat import flatten_like as flatten_like
@@ -27,7 +28,6 @@ from .masks import scale_by_group as scale_by_group
 from .optimizers import adam as adam
 from .optimizers import adamw as adamw
 from .optimizers import amsgrad as amsgrad
-from .optimizers import apply_updates as apply_updates
 from .optimizers import sgd as sgd
 from .phases import Phase as Phase
 from .phases import Phases as Phases

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from ._tree import check_scalar, increment, map_leaves, scalar_dtype, zeros_like_params
-from .optimizers import apply_updates
+from .apply import NewParams, update_and_apply
 
 
 class AccumulateState(NamedTuple):
@@ -22,13 +22,6 @@ class AccumulateState(NamedTuple):
     weight: jax.Array  # float32 []: sum of the window's weights (float64 with float64)
     grads: optax.Updates  # like params, at least float32: the window's weighted sum
     inner_state: optax.OptState
-
-
-class _NewParams:
-    """What `update` returns to `update_and_apply`; a link behind cannot take it."""
-
-    def __init__(self, params: optax.Params):
-        self.params = params
 
 
 def accumulate_gradients(
@@ -130,43 +123,46 @@ def accumulate_gradients(
         opening = state.micro_step == 0
         total = jnp.where(opening, 0.0, state.weight) + jnp.where(taken, weight, 0.0)
 
+        # Not ==: a schedule may shrink a window below what is there already.
+        k = jnp.asarray(window(state.step), jnp.int32)
+        closing = (state.micro_step + 1 >= k) | jnp.asarray(last, bool)
+        runs = closing & (total > 0)
+        # The mean is made with the last sum, where it costs no pass of its own.
+        divides = runs if use_grad_mean else jnp.asarray(False)
+        factor = jnp.where(divides, 1 / total, 1.0)
+
         def add(i, g, before):
             del i
             # Selected, not multiplied: 0 * NaN is NaN. And -0.0 + g is g, to the bit.
             before = jnp.where(opening, -0.0, before)
             after = before + weight.astype(before.dtype) * g.astype(before.dtype)
-            after = jnp.where(taken, after, before)
+            after = jnp.where(taken, after, before) * factor.astype(before.dtype)
             return after, after
 
         # Outside of the cond: inside, XLA copies the sums to either branch and back.
         sums, grads = map_leaves(add, updates, {"state.grads": state.grads}, carried=1)
 
         def run(sums, inner_state, params):
-            # Times the inverse: XLA computes a quotient once, into another buffer.
-            mean = jax.tree.map(lambda x: x * (1 / total).astype(x.dtype), sums)
-            new, new_state = inner.update(
-                mean if use_grad_mean else sums, inner_state, params, **extra_args
-            )
+            if _apply is True:
+                new, new_state = update_and_apply(
+                    inner, sums, inner_state, params, **extra_args
+                )
+            else:
+                new, new_state = inner.update(sums, inner_state, params, **extra_args)
+                new = jax.tree.map(_cast_like, new, sums)
             # The types of the other branch: Optax's Adam makes bfloat16 moments float32
-            new_state = jax.tree.map(_cast_like, new_state, inner_state)
-            if _apply:
-                return apply_updates(params, new), new_state
-            return jax.tree.map(_cast_like, new, sums), new_state
+            return new, jax.tree.map(_cast_like, new_state, inner_state)
 
         def wait(sums, inner_state, params):
-            if _apply:
+            if _apply is True:
                 return params, inner_state
             # -0.0, the neutral element: -0.0 + 0.0 would flip the sign of a zero.
             return jax.tree.map(lambda x: jnp.full_like(x, -0.0), sums), inner_state
 
-        # Not ==: a schedule may shrink a window below what is there already.
-        k = jnp.asarray(window(state.step), jnp.int32)
-        closing = (state.micro_step + 1 >= k) | jnp.asarray(last, bool)
-        runs = closing & (total > 0)
         out, inner_state = jax.lax.cond(
             runs, run, wait, sums, state.inner_state, params
         )
-        return _NewParams(out) if _apply else out, AccumulateState(
+        return NewParams(out) if _apply is True else out, AccumulateState(
             jnp.where(closing, 0, state.micro_step + 1),
             jnp.where(runs, increment(state.step), state.step),
             jnp.where(finite, state.skipped, increment(state.skipped)),
@@ -177,57 +173,6 @@ def accumulate_gradients(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def update_and_apply(
-    tx: optax.GradientTransformation,
-    grads: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params,
-    **extra_args: Any,
-) -> tuple[optax.Params, optax.OptState]:
-    """The parameters after an update, untouched if no window closes with it.
-
-    The same as `tx.update` and :func:`apply_updates`, but a micro-batch that closes no
-    window costs nothing beside the sum: 12 bytes moved for a float32 parameter, where
-    updates of -0.0 that are written, read and added make 28. Compile the step with
-    params and state donated; otherwise both are copied at every call.
-
-    Args:
-        tx: :func:`accumulate_gradients`, or a chain of which that is the last link.
-        grads: of this micro-batch.
-        state: that of `tx`.
-        params: the parameters.
-        **extra_args: of `tx.update`, as `weight` and `last`.
-
-    Returns:
-        The new parameters and the new state.
-
-    Raises:
-        ValueError: `tx` does not accumulate. A link behind it, which would take the
-            parameters for updates, fails with an error of its own.
-
-    Example:
-        >>> import functools, jax, jax.numpy as jnp
-        >>> from adamw_jax import adamw
-        >>> tx = accumulate_gradients(adamw(0.1), every_k=2)
-        >>> @functools.partial(jax.jit, donate_argnums=(1, 2))
-        ... def step(x, params, state):
-        ...     grads = jax.grad(lambda p: ((p - x) ** 2).mean())(params)
-        ...     return update_and_apply(tx, grads, state, params)
-        >>> params = jnp.zeros(2)
-        >>> state = tx.init(params)
-        >>> for x in (1.0, 3.0):
-        ...     params, state = step(x, params, state)
-        ...     print(params)
-        [0. 0.]
-        [0.1 0.1]
-    """
-    update = optax.with_extra_args_support(tx).update
-    out, state = update(grads, state, params, _apply=True, **extra_args)
-    if not isinstance(out, _NewParams):
-        raise ValueError("tx must end with accumulate_gradients: it returned updates")
-    return out.params, state
 
 
 def has_updated(state: optax.OptState) -> jax.Array:

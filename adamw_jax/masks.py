@@ -22,6 +22,7 @@ from ._tree import (
     map_leaves,
     path_string,
 )
+from .apply import NewParams
 from .flat import Flat, collapse, struct_tree
 
 Mask = Any | Callable[[Any], Any] | None
@@ -335,6 +336,11 @@ def freeze(
             None if params is None else hide(params, frozen),
             **extra_args,
         )
+        if isinstance(new, NewParams):
+            shown = jax.tree.map(
+                lambda f, p, new_p: p if f else new_p, frozen, params, new.params
+            )
+            return NewParams(shown), FreezeState(inner_state)
 
         def zero(u, new_u):
             if u is None or not isinstance(new_u, optax.MaskedNode):

@@ -1,28 +1,35 @@
 """Optimizers: short chains of transformations, hyperparameters in the state."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._one_pass import is_available, one_pass
 from ._tree import (
     ScalarOrSchedule,
     check_choice,
     check_scalar,
     compute_dtype,
-    is_none,
+    increment,
     is_static,
+    map_leaves,
+    need_params,
+    scalar_dtype,
 )
+from .apply import NewParams
 from .hyperparams import driven_name, with_hyperparams
-from .masks import Mask
+from .masks import Mask, leaf_flags
 from .phases import Phases
 from .transforms import (
     AmsgradConvention,
     BiasCorrection,
+    ScaleByAdamState,
+    _beta_at,
     add_decayed_weights,
     add_l2_gradient,
     scale_by_adam,
@@ -223,7 +230,7 @@ def adamw(
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
 
     def chain(learning_rate, b1, b2, weight_decay):
-        return optax.chain(
+        links = optax.chain(
             *_in_front(maximize),
             scale_by_adam(
                 b1,
@@ -241,6 +248,18 @@ def adamw(
             add_decayed_weights(weight_decay / base, mask),
             scale_by_learning_rate(learning_rate),
         )
+        if nesterov or epsilon_hat:
+            return links
+
+        def betas(state, dtype):
+            step, log_b1, log_b2 = state.count, state.log_b1, state.log_b2
+            return (
+                _beta_at("b1", b1, bias_correction, step, log_b1, dtype),
+                _beta_at("b2", b2, bias_correction, step, log_b2, dtype),
+            )
+
+        others = eps, eps_root, learning_rate, weight_decay / base
+        return _in_one_pass(links, betas, others, mask, maximize)
 
     return _drive(
         adamw,
@@ -437,36 +456,54 @@ def sgd(
     return _drive(sgd, chain, **hyperparams)
 
 
-def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """Adds updates to parameters: `optax.apply_updates` that takes None updates.
+def _in_one_pass(
+    links: optax.GradientTransformationExtraArgs,
+    betas: Callable,
+    others: tuple,
+    mask: Mask,
+    maximize: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """The links of AdamW, computed leaf by leaf where `update_and_apply` asks for it.
 
-    The sum is taken in float32 for narrower parameters and then rounded to the
-    parameter's dtype. A parameter whose update is None is returned as it is.
-
-    Args:
-        params: any tree.
-        updates: of the same structure, None where there is none.
-
-    Returns:
-        The new parameters, with the dtypes of the old.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> params = {"a": jnp.array(1.0), "b": jnp.array(2.0)}
-        >>> new = apply_updates(params, {"a": jnp.array(0.5), "b": None})
-        >>> print(new["a"], new["b"])
-        1.5 2.0
+    The state is that of the links, whichever way it is updated.
     """
+    place = 1 if maximize else 0  # of the moments among the links
 
-    def add(p, u):
-        if p is None or u is None:
-            return p
-        if not hasattr(u, "dtype") or not jnp.issubdtype(p.dtype, jnp.floating):
-            return (p + u).astype(p.dtype)
-        wide = compute_dtype(p.dtype)
-        return (p.astype(wide) + u.astype(wide)).astype(p.dtype)
+    def update(updates, state, params=None, *, _apply=False, **extra_args):
+        # `is`: a wrapper that traces its arguments makes an array of it.
+        if _apply is not True or state[place].key is not None or not is_available():
+            return links.update(updates, state, params, **extra_args)
+        need_params(params)
+        moments = state[place]
+        beta1, beta2 = betas(moments, scalar_dtype((updates, moments.mu)))
+        # -g in m is g with another weight, and in v it is g.
+        rest1 = -beta1.rest if maximize else beta1.rest
+        selected = leaf_flags(mask, params, updates)
 
-    return jax.tree.map(add, params, updates, is_leaf=is_none)
+        @functools.cache  # the same vectors for all leaves
+        def scalars(dtype, decays):
+            *rest, weight_decay = others
+            values = (
+                *(beta1.decay, rest1, beta1.correction),
+                *(beta2.decay, beta2.rest, beta2.correction),
+                *(*rest, weight_decay if decays else 0.0),
+            )
+            return jnp.stack([jnp.asarray(x, dtype) for x in values])
+
+        def leaf(i, g, mu, nu, p):
+            decays = bool(selected[i])
+            vector = scalars(jnp.dtype(compute_dtype(g.dtype)), decays)
+            p, mu, nu = one_pass(p, mu, nu, g, vector, decays)
+            return None, mu, nu, p
+
+        trees = {"state.mu": moments.mu, "state.nu": moments.nu, "params": params}
+        _, mu, nu, params = map_leaves(leaf, updates, trees, carried=3)
+        moments = ScaleByAdamState(
+            increment(moments.count), mu, nu, beta1.log_product, beta2.log_product
+        )
+        return NewParams(params), (*state[:place], moments, *state[place + 1 :])
+
+    return optax.GradientTransformationExtraArgs(links.init, update)
 
 
 def _in_front(maximize: bool, l2: Any = None, mask: Mask = None) -> list:

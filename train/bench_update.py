@@ -150,14 +150,20 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     }
 
 
-def in_jax(config: Config, tx, costs: dict[str, Any]) -> Callable[[], None]:
+def at_once(tx, params, state, grads):
+    return aj.update_and_apply(tx, grads, state, params)
+
+
+def two_calls(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return aj.apply_updates(params, updates), state
+
+
+def in_jax(config: Config, tx, way, costs: dict[str, Any]) -> Callable[[], None]:
     """Writes into `costs` what the program takes, apart from time."""
     params, grads = random_leaves(config, 0), random_leaves(config, 1)
     state = jax.jit(tx.init)(params)
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return aj.apply_updates(params, updates), state
+    step = functools.partial(way, tx)
 
     began = time.perf_counter()
     traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, grads)
@@ -260,14 +266,19 @@ def main(config: Config) -> dict[str, Any]:
     size = sum(math.prod(shape) for shape in shapes.values())
     costs: dict[str, dict[str, Any]] = {}
     makers: dict[str, Callable[[], Any]] = {"a copy": lambda: copy(config)}
-    for name, tx in optimizers(config).items():
+    ours, theirs = optimizers(config).values()
+    for name, tx, way in (
+        ("here", ours, at_once),
+        ("here, two calls", ours, two_calls),
+        ("Optax", theirs, two_calls),
+    ):
         costs[name] = {}
-        makers[name] = functools.partial(in_jax, config, tx, costs[name])
-    theirs = {"PyTorch, fused": True, "PyTorch, foreach": False} if config.torch else {}
-    for name, fused in theirs.items():
+        makers[name] = functools.partial(in_jax, config, tx, way, costs[name])
+    torch = {"PyTorch, fused": True, "PyTorch, foreach": False} if config.torch else {}
+    for name, fused in torch.items():
         costs[name] = {}
         makers[name] = functools.partial(in_pytorch, config, fused, costs[name])
-    seconds, _, failed = timing.in_turns(makers, config.turns, tuple(theirs))
+    seconds, _, failed = timing.in_turns(makers, config.turns, tuple(torch))
 
     bandwidth = 8 * size * config.calls / min(seconds.pop("a copy"))
     rows: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,176 @@
+// AdamW's update and its application to one leaf, in one pass over memory.
+//
+// XLA on a CPU makes one loop for every output: three passes, 40 bytes a float32
+// parameter. This one reads p, m, v and g and writes p, m and v: 28.
+//
+// Compiled by _one_pass.py at the first use, against the headers that come with jaxlib.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// In the order of SCALARS in _one_pass.py.
+struct Scalars {
+  float decay1, rest1, correction1;
+  float decay2, rest2, correction2;
+  float eps, eps_root, learning_rate, weight_decay;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float Load(float x) { return x; }
+inline float Load(BFloat16 x) {
+  uint32_t bits = uint32_t{x.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void Store(float x, float* to) { *to = x; }
+inline void Store(float x, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  uint32_t quiet_nan = (bits >> 16) | 0x40;  // rounded, a NaN could become infinite
+  to->bits = static_cast<uint16_t>(x != x ? quiet_nan : nearest_even);
+}
+
+// The operations of scale_by_adam, add_decayed_weights, scale_by_learning_rate and
+// apply_updates, one by one in float32; the compiler makes vectors of them.
+template <typename P, typename G>
+void Update(const Scalars& s, int64_t n, P* __restrict p, float* __restrict m,
+            float* __restrict v, const G* __restrict g) {
+  const Scalars c = s;
+  const float over1 = 1 / c.correction1, over2 = 1 / c.correction2;  // as XLA does
+  const bool decays = c.weight_decay != 0;  // a leaf that does not may be infinite
+  for (int64_t i = 0; i < n; ++i) {
+    const float gradient = Load(g[i]), parameter = Load(p[i]);
+    m[i] = c.decay1 * m[i] + c.rest1 * gradient;
+    v[i] = c.decay2 * v[i] + c.rest2 * gradient * gradient;
+    const float root = std::sqrt(v[i] * over2 + c.eps_root);
+    float update = m[i] * over1 / (root + c.eps);
+    update = decays ? update + c.weight_decay * parameter : update;
+    Store(parameter + -c.learning_rate * update, p + i);
+  }
+}
+
+// What the threads of one call share. A thread of the pool may come when all is done,
+// even after the buffers are gone: then it finds no chunk, and touches only this.
+struct Work {
+  template <typename F>
+  void TakeChunks(const F& update) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      update(i);
+      done.CountDown();
+    }
+  }
+
+  explicit Work(int64_t chunks) : chunks(chunks), done(chunks) {}
+
+  const int64_t chunks;
+  std::atomic<int64_t> next{0};
+  ffi::CountDownPromise done;
+};
+
+constexpr int64_t kChunk = 1 << 14;  // elements: some microseconds
+// Up to here a leaf is not worth waking others: XLA runs several calls at a time.
+constexpr int64_t kInline = 1 << 17;
+
+template <typename P, typename G>
+ffi::Future Run(ffi::ThreadPool& pool, const Scalars& s, int64_t n, void* p, float* m,
+                float* v, const void* g) {
+  auto update = [s, n, m, v, p = static_cast<P*>(p), g = static_cast<const G*>(g)](
+                    int64_t begin, int64_t end) {
+    Update(s, end - begin, p + begin, m + begin, v + begin, g + begin);
+  };
+  if (n <= kInline) {
+    update(0, n);
+    ffi::Promise done;
+    ffi::Future future(done);
+    done.SetAvailable();
+    return future;
+  }
+  auto work = std::make_shared<Work>((n + kChunk - 1) / kChunk);
+  ffi::Future future(work->done);
+  auto take = [work, update, n] {
+    work->TakeChunks([&](int64_t i) {
+      update(i * kChunk, std::min(n, (i + 1) * kChunk));
+    });
+  };
+  const int64_t helpers = std::min(pool.num_threads(), work->chunks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(take)(take));
+  // This thread may be one of the pool, so it must not wait for the others: it takes
+  // chunks as they do, and XLA is told by the future when the last one is done.
+  take();
+  return future;
+}
+
+ffi::Future Failed(const char* why) {
+  ffi::Promise failed;
+  ffi::Future future(failed);
+  failed.SetError(ffi::Error::InvalidArgument(why));
+  return future;
+}
+
+ffi::Future OnePass(ffi::ThreadPool pool, ffi::AnyBuffer p, ffi::Buffer<ffi::F32> m,
+                    ffi::Buffer<ffi::F32> v, ffi::AnyBuffer g,
+                    ffi::Buffer<ffi::F32> scalars, ffi::Result<ffi::AnyBuffer> new_p,
+                    ffi::Result<ffi::Buffer<ffi::F32>> new_m,
+                    ffi::Result<ffi::Buffer<ffi::F32>> new_v) {
+  const size_t n = p.element_count();
+  for (size_t size : {m.element_count(), v.element_count(), g.element_count(),
+                      new_p->element_count(), new_m->element_count(),
+                      new_v->element_count()}) {
+    if (size != n) return Failed("p, m, v and g differ in size");
+  }
+  Scalars s;
+  if (scalars.size_bytes() != sizeof s) return Failed("scalars of another number");
+  std::memcpy(&s, scalars.untyped_data(), sizeof s);
+  // The results are the operands' own buffers; were they not, this is still right.
+  auto in_place = [](const auto& from, auto& to) {
+    void* data = to->untyped_data();
+    if (data != from.untyped_data() && from.size_bytes()) {
+      std::memcpy(data, from.untyped_data(), from.size_bytes());
+    }
+    return data;
+  };
+  void* to_p = in_place(p, new_p);
+  auto* to_m = static_cast<float*>(in_place(m, new_m));
+  auto* to_v = static_cast<float*>(in_place(v, new_v));
+  auto run = [&](auto p_type, auto g_type) {
+    return Run<decltype(p_type), decltype(g_type)>(pool, s, static_cast<int64_t>(n),
+                                                   to_p, to_m, to_v, g.untyped_data());
+  };
+  const auto p_type = p.element_type(), g_type = g.element_type();
+  if (new_p->element_type() != p_type) return Failed("the result has another type");
+  if (p_type == ffi::F32 && g_type == ffi::F32) return run(float{}, float{});
+  if (p_type == ffi::F32 && g_type == ffi::BF16) return run(float{}, BFloat16{});
+  if (p_type == ffi::BF16 && g_type == ffi::F32) return run(BFloat16{}, float{});
+  if (p_type == ffi::BF16 && g_type == ffi::BF16) return run(BFloat16{}, BFloat16{});
+  return Failed("p and g must be float32 or bfloat16");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(adamw_jax_one_pass, OnePass,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
