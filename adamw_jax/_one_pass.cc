@@ -22,7 +22,7 @@ namespace {
 struct Scalars {
   float decay1, rest1, correction1;
   float decay2, rest2, correction2;
-  float eps, eps_root, learning_rate, weight_decay;
+  float eps, eps_root, learning_rate, weight_decay, gradient_factor;
 };
 
 struct BFloat16 {
@@ -46,7 +46,7 @@ inline void Store(float x, BFloat16* to) {
   to->bits = static_cast<uint16_t>(x != x ? quiet_nan : nearest_even);
 }
 
-// The operations of scale_by_adam, add_decayed_weights, scale_by_learning_rate and
+// The operations of clip_by_global_norm, scale_by_adam, add_decayed_weights, scale_by_learning_rate and
 // apply_updates, one by one in float32; the compiler makes vectors of them.
 template <typename P, typename G>
 void Update(const Scalars& s, int64_t n, P* __restrict p, float* __restrict m,
@@ -55,7 +55,7 @@ void Update(const Scalars& s, int64_t n, P* __restrict p, float* __restrict m,
   const float over1 = 1 / c.correction1, over2 = 1 / c.correction2;  // as XLA does
   const bool decays = c.weight_decay != 0;  // a leaf that does not may be infinite
   for (int64_t i = 0; i < n; ++i) {
-    const float gradient = Load(g[i]), parameter = Load(p[i]);
+    const float gradient = c.gradient_factor * Load(g[i]), parameter = Load(p[i]);
     m[i] = c.decay1 * m[i] + c.rest1 * gradient;
     v[i] = c.decay2 * v[i] + c.rest2 * gradient * gradient;
     const float root = std::sqrt(v[i] * over2 + c.eps_root);

@@ -30,7 +30,7 @@ from ._tree import compute_dtype
 # The order of the vector of scalars, here and in the kernel.
 SCALARS = (
     *("decay1", "rest1", "correction1", "decay2", "rest2", "correction2"),
-    *("eps", "eps_root", "learning_rate", "weight_decay"),
+    *("eps", "eps_root", "learning_rate", "weight_decay", "gradient_factor"),
 )
 SOURCE = Path(__file__).with_suffix(".cc")
 # NaN and infinity keep their meaning: no -ffast-math. Products and sums may be
@@ -64,8 +64,8 @@ def one_pass(p, m, v, g, scalars: jax.Array, decays: bool) -> tuple[Any, Any, An
 
 def plain(decays: bool, p, m, v, g, scalars) -> tuple[Any, Any, Any]:
     """What the links of the chain and `apply_updates` compute, for XLA."""
-    d1, r1, c1, d2, r2, c2, eps, eps_root, learning_rate, weight_decay = scalars
-    g = g.astype(scalars.dtype)
+    d1, r1, c1, d2, r2, c2, eps, eps_root, learning_rate, weight_decay, f = scalars
+    g = f * g.astype(scalars.dtype)
     new_m = d1 * m.astype(g.dtype) + r1 * g
     new_v = d2 * v.astype(g.dtype) + r2 * g * g
     u = (new_m / c1) / (jnp.sqrt(new_v / c2 + eps_root) + eps)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from ._tree import check_scalar, increment, map_leaves, scalar_dtype, zeros_like_params
-from .apply import NewParams, update_and_apply
+from .apply import NewParams, multiplied, update_and_apply
 
 
 class AccumulateState(NamedTuple):
@@ -117,7 +117,7 @@ def accumulate_gradients(
         **extra_args,
     ) -> tuple[Any, AccumulateState]:
         check_scalar("weight", weight)
-        weight = jnp.asarray(weight, state.weight.dtype)
+        weight, updates = jnp.asarray(weight, state.weight.dtype), multiplied(updates)
         finite = _all_finite(updates) if skip_nonfinite else jnp.asarray(True)
         taken = finite & (weight > 0)
         opening = state.micro_step == 0

@@ -19,6 +19,29 @@ class NewParams:
         self.params = params
 
 
+class Scaled:
+    """What `update` may return then as well: updates that are still to be multiplied.
+
+    For the kernel: in front of it XLA would write the product. Opaque, too.
+    """
+
+    def __init__(self, updates: optax.Updates, factor: jax.Array):
+        self.updates = updates
+        self.factor = factor
+
+
+def multiplied(updates: Any) -> optax.Updates:
+    """The updates, in float32 where they were :class:`Scaled`."""
+    if not isinstance(updates, Scaled):
+        return updates
+
+    def multiply(u):
+        u = u.astype(compute_dtype(u.dtype))
+        return updates.factor.astype(u.dtype) * u
+
+    return jax.tree.map(multiply, updates.updates)
+
+
 def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     """Adds updates to parameters: `optax.apply_updates` that takes None updates.
 
@@ -121,4 +144,4 @@ def update_and_apply(
         out = None
     if out is None:
         out, new_state = update(grads, state, params, **extra_args)
-    return apply_updates(params, out), new_state
+    return apply_updates(params, multiplied(out)), new_state

@@ -22,7 +22,7 @@ from ._tree import (
     map_leaves,
     path_string,
 )
-from .apply import NewParams
+from .apply import NewParams, multiplied
 from .flat import Flat, collapse, struct_tree
 
 Mask = Any | Callable[[Any], Any] | None
@@ -329,6 +329,7 @@ def freeze(
         return FreezeState(inner.init(hide(params, resolve_mask(mask, params))))
 
     def update(updates, state, params=None, **extra_args):
+        updates = multiplied(updates)
         frozen = resolve_mask(mask, updates if params is None else params)
         new, inner_state = inner.update(
             hide(updates, frozen),

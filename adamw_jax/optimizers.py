@@ -21,7 +21,7 @@ from ._tree import (
     need_params,
     scalar_dtype,
 )
-from .apply import NewParams
+from .apply import NewParams, Scaled, multiplied
 from .hyperparams import driven_name, with_hyperparams
 from .masks import Mask, leaf_flags
 from .phases import Phases
@@ -472,7 +472,10 @@ def _in_one_pass(
     def update(updates, state, params=None, *, _apply=False, **extra_args):
         # `is`: a wrapper that traces its arguments makes an array of it.
         if _apply is not True or state[place].key is not None or not is_available():
-            return links.update(updates, state, params, **extra_args)
+            return links.update(multiplied(updates), state, params, **extra_args)
+        factor = 1.0
+        if isinstance(updates, Scaled):
+            updates, factor = updates.updates, updates.factor
         need_params(params)
         moments = state[place]
         beta1, beta2 = betas(moments, scalar_dtype((updates, moments.mu)))
@@ -486,7 +489,7 @@ def _in_one_pass(
             values = (
                 *(beta1.decay, rest1, beta1.correction),
                 *(beta2.decay, beta2.rest, beta2.correction),
-                *(*rest, weight_decay if decays else 0.0),
+                *(*rest, weight_decay if decays else 0.0, factor),
             )
             return jnp.stack([jnp.asarray(x, dtype) for x in values])
 

@@ -32,9 +32,9 @@ def moments(shape, seed):
     return draws(shape, seed), draws(shape, seed + 1) ** 2
 
 
-def scalars(weight_decay=0.1, eps=1e-8, eps_root=0.0):
-    values = (0.9, 0.1, 0.271, 0.999, 0.001, 0.003, eps, eps_root, 0.05, weight_decay)
-    return jnp.array(values, "float32")
+def scalars(weight_decay=0.1, eps=1e-8, eps_root=0.0, factor=1.0):
+    betas = (0.9, 0.1, 0.271, 0.999, 0.001, 0.003)
+    return jnp.array((*betas, eps, eps_root, 0.05, weight_decay, factor), "float32")
 
 
 def two_calls(tx, grads, state, params):
@@ -84,11 +84,12 @@ def test_one_leaf(size, p_dtype, g_dtype):
     p, g = draws(size, 0, p_dtype), draws(size, 1, g_dtype)
     m, v = moments(size, 2)
     for decays in (True, False):
-        s = scalars(weight_decay=0.1 * decays)
+        s = scalars(weight_decay=0.1 * decays, factor=0.7)
         got = jax.jit(_one_pass.one_pass, static_argnums=5)(p, m, v, g, s, decays)
         xla = jax.jit(_one_pass.plain, static_argnums=0)(decays, p, m, v, g, s)
         p64, m64, v64, g64, s64 = (np.asarray(x, np.float64) for x in (p, m, v, g, s))
-        d1, r1, c1, d2, r2, c2, eps, eps_root, rate, decay = s64
+        d1, r1, c1, d2, r2, c2, eps, eps_root, rate, decay, factor = s64
+        g64 = factor * g64
         m64, v64 = d1 * m64 + r1 * g64, d2 * v64 + r2 * g64**2
         u = m64 / c1 / (np.sqrt(v64 / c2 + eps_root) + eps)
         p64 = p64 - rate * (u + decay * p64)
@@ -600,3 +601,55 @@ def test_a_damaged_kernel_is_made_anew(tmp_path):
     (path,) = (tmp_path / "adamw_jax").iterdir()
     path.write_bytes(b"no library")
     assert in_process(tmp_path) == ("[]", "None")
+
+
+# ---- behind clip_by_global_norm -----------------------------------------------------
+
+CLIP = aj.clip_by_global_norm(0.5)
+CLIPPED = {
+    "adamw": lambda: optax.chain(CLIP, aj.adamw(CYCLE)),
+    "frozen": lambda: optax.chain(
+        CLIP, aj.freeze(aj.adamw(CYCLE), aj.mask_by_path("bias"))
+    ),
+    "inside freeze": lambda: aj.freeze(
+        optax.chain(CLIP, aj.adamw(CYCLE)), aj.mask_by_path("bias")
+    ),
+    "accumulated": lambda: optax.chain(
+        CLIP, aj.accumulate_gradients(optax.chain(CLIP, aj.adamw(CYCLE)), 2)
+    ),
+    "nesterov": lambda: optax.chain(CLIP, aj.adamw(CYCLE, nesterov=True)),
+    "another between": lambda: optax.chain(CLIP, optax.scale(2.0), aj.adamw(CYCLE)),
+    "the last link": lambda: CLIP,
+    "sgd": lambda: optax.chain(CLIP, aj.sgd(0.1)),
+    "scheduled": lambda: optax.chain(
+        aj.with_hyperparams(aj.clip_by_global_norm, max_norm=0.5), aj.adamw(CYCLE)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipped(lenient, name):
+    tx = CLIPPED[name]()
+    at_once, two = (trajectory(way, tx, PARAMS, GRADS) for way in WAYS)
+    assert_close(at_once, two, ulps=50)
+
+
+def test_clipped_with_moments_in_eight_bits(lenient):
+    """A code may round the other way where the last bit of a gradient differs."""
+    tx = optax.chain(CLIP, aj.quantize_moments(aj.adamw(CYCLE)))
+    (at_once, _), (two, _) = (trajectory(way, tx, PARAMS, GRADS) for way in WAYS)
+    for x, y in zip(jax.tree.leaves(at_once), jax.tree.leaves(two), strict=True):
+        assert (~np.isclose(x, y, rtol=1e-5, atol=1e-5)).mean() < 1e-3
+
+
+@needs_kernel
+def test_the_clipped_gradient_is_not_written():
+    """The kernel multiplies; what it is given is the gradient itself."""
+    p = draws(100_003, 0)
+    tx = CLIPPED["adamw"]()
+    step = program("at once", tx, donate_argnums=(0, 1))
+    compiled = step.lower(p, tx.init(p), p).compile()
+    assert calls_kernel(step, p, tx.init(p), p)
+    assert compiled.memory_analysis().temp_size_in_bytes < p.nbytes / 10
+    (call,) = re.findall(r"custom-call\((.*?)\), custom_call", compiled.as_text())
+    assert not re.search(r"fusion|multiply", call.rsplit(",", 1)[0])
