@@ -2,7 +2,7 @@
 # Everything about the cost of an update that is measured, for the tables in the README.
 #
 #     train/measure_update.sh results/update/gpu
-#     TRANSFORMER=0.2 train/measure_update.sh results/update/cpu    # in 24 GB of memory
+#     TRANSFORMER=0.15 train/measure_update.sh results/update/cpu    # in 24 GB of memory
 #
 # Let nothing else run meanwhile. Stop it whenever you like, or let `timeout 570` do so:
 # the same command goes on, a part that is finished is not repeated. Logs are beside the
