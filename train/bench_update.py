@@ -15,7 +15,9 @@ The floor counts every byte that must be read or written once: gradient, paramet
 state in, parameters and state out, in the types in which each library keeps them; and
 the gradient once more for its norm. In float32 that is 28 bytes a parameter. It is
 given at the rate of a copy of as many parameters (x + 1, donated), measured in the same
-turns. Bytes accessed are XLA's own count of what its program reads and writes.
+turns. Bytes accessed are XLA's own count of what its program reads and writes. On a CPU
+that leaves out what the kernel of `update_and_apply` moves: the floor, each byte once.
+"Two calls" are `tx.update` and `apply_updates`, as Optax's are.
 """
 
 import dataclasses
