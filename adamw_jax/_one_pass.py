@@ -77,10 +77,8 @@ def plain(decays: bool, p, m, v, g, scalars) -> tuple[Any, Any, Any]:
     return new_p, new_m.astype(m.dtype), new_v.astype(v.dtype)
 
 
-# A program within the program, so that leaves of one shape are traced once.
-@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _in_kernel(decays, p, m, v, g, scalars):
+def _differentiable(decays, p, m, v, g, scalars):
     @jax.custom_batching.custom_vmap
     def compute(*leaves):
         # Asked again where it is lowered, which may be for another platform.
@@ -98,9 +96,13 @@ def _in_kernel(decays, p, m, v, g, scalars):
     return compute(p, m, v, g, scalars)
 
 
-@_in_kernel.__wrapped__.defjvp
+@_differentiable.defjvp
 def _(decays, primals, tangents):
     return jax.jvp(functools.partial(plain, decays), primals, tangents)
+
+
+# A program within the program, so that leaves of one shape are traced once.
+_in_kernel = jax.jit(_differentiable, static_argnums=0)
 
 
 @custom_partitioning

@@ -135,13 +135,13 @@ def update_and_apply(
     """
     update = optax.with_extra_args_support(tx).update
     try:
-        out, new_state = update(grads, state, params, _apply=True, **extra_args)
-        if isinstance(out, NewParams):
-            return out.params, new_state
+        new, new_state = update(grads, state, params, _apply=True, **extra_args)
+        if isinstance(new, NewParams):
+            return new.params, new_state
+        return apply_updates(params, multiplied(new)), new_state
     except Exception:
         # Something behind could not take NewParams, or something inside `_apply`; or
         # the error is the caller's, and comes again.
-        out = None
-    if out is None:
-        out, new_state = update(grads, state, params, **extra_args)
-    return apply_updates(params, multiplied(out)), new_state
+        pass
+    updates, new_state = update(grads, state, params, **extra_args)
+    return apply_updates(params, updates), new_state

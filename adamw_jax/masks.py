@@ -328,7 +328,7 @@ def freeze(
     def init(params):
         return FreezeState(inner.init(hide(params, resolve_mask(mask, params))))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args) -> tuple[Any, FreezeState]:
         updates = multiplied(updates)
         frozen = resolve_mask(mask, updates if params is None else params)
         new, inner_state = inner.update(

@@ -469,7 +469,9 @@ def _in_one_pass(
     """
     place = 1 if maximize else 0  # of the moments among the links
 
-    def update(updates, state, params=None, *, _apply=False, **extra_args):
+    def update(
+        updates, state, params=None, *, _apply=False, **extra_args
+    ) -> tuple[Any, Any]:
         # `is`: a wrapper that traces its arguments makes an array of it.
         if _apply is not True or state[place].key is not None or not is_available():
             return links.update(multiplied(updates), state, params, **extra_args)

@@ -17,8 +17,8 @@ the gradient once more for its norm. In float32 that is 28 bytes a parameter. It
 given at the rate of a copy of as many parameters (x + 1, donated), measured in the same
 turns.
 
-"Here" is `update_and_apply`, "two calls" are `tx.update` and `apply_updates`, as Optax's
-are, and "flat" is with parameters and gradients in `flatten`. Bytes accessed are XLA's
+"Here" is `update_and_apply`; "two calls" are `tx.update` and `apply_updates`, as for
+Optax; "flat" is with parameters and gradients in `flatten`. Bytes accessed are XLA's
 own count of what its program reads and writes; it does not see into the kernel that
 `update_and_apply` calls on a CPU, whose loop reads and writes each byte once: added.
 """
