@@ -45,11 +45,19 @@ def test_a_bench(tmp_path, step, dtype):
         assert name == "here" or results["here_over"][name] == pytest.approx(ratio)
     for name in (*ours, "Optax"):
         assert rows[name]["compile_seconds"] > 0
-    for name in (*ours, "Optax"):
         assert rows[name]["bytes_accessed"] >= rows[name]["floor_bytes"] * 0.9
     page = (tmp_path / "bench" / "bench.md").read_text()
     assert len(re.findall(r"^\|", page, re.MULTILINE)) == 7
     assert json.loads((tmp_path / "bench" / "bench.json").read_text()) == results
+
+
+def test_small_leaves_flat(tmp_path):
+    """The same bytes: here the buffers need no filling."""
+    config = tiny(tmp_path, leaves="tiny", scale=0.016, torch=False)  # 64 of 64
+    rows = bench_update.main(config)["rows"]
+    assert list(rows) == ["here", "here, two calls", "here, flat", "Optax"]
+    here, flat = rows["here"], rows["here, flat"]
+    assert flat["floor_bytes"] == pytest.approx(here["floor_bytes"], abs=200)
 
 
 def test_leaves(tmp_path):

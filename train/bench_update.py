@@ -285,16 +285,16 @@ def main(config: Config) -> dict[str, Any]:
     costs: dict[str, dict[str, Any]] = {}
     makers: dict[str, Callable[[], Any]] = {"a copy": lambda: copy(config)}
     ours, theirs = optimizers(config).values()
-    for name, *what in (
+    for name, tx, way, leaves in (
         ("here", ours, at_once, as_they_are),
         ("here, two calls", ours, two_calls, as_they_are),
         ("here, flat", ours, at_once, packed),
         ("Optax", theirs, two_calls, as_they_are),
     ):
+        if leaves is packed and config.leaves == "large":
+            continue  # there is nothing to pack
         costs[name] = {}
-        makers[name] = functools.partial(in_jax, config, *what, costs[name])
-    if config.leaves == "large":  # there is nothing to pack
-        del makers["here, flat"]
+        makers[name] = functools.partial(in_jax, config, tx, way, leaves, costs[name])
     torch = {"PyTorch, fused": True, "PyTorch, foreach": False} if config.torch else {}
     for name, fused in torch.items():
         costs[name] = {}
