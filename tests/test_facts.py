@@ -222,3 +222,26 @@ def test_nan_leaks_from_optax():
     np.testing.assert_array_equal(updates, 0)
     updates, _ = ours.update(jnp.array([3.0, 4.0]), state, p)
     np.testing.assert_allclose(updates, [0.6, 0.8])
+
+
+def test_the_clipped_gradient_is_written(lenient):
+    """By Optax into another buffer, by PyTorch in its place; here into neither."""
+    size = 100_000
+    p = jnp.ones(size)
+
+    def temporary(clip):
+        tx = optax.chain(clip, optax.adamw(1e-3))
+
+        def step(p, state, grads):
+            updates, state = tx.update(grads, state, p)
+            return optax.apply_updates(p, updates), state
+
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(p, tx.init(p), p)
+        return lowered.compile().memory_analysis().temp_size_in_bytes / size
+
+    assert temporary(optax.clip_by_global_norm(1.0)) == pytest.approx(4, abs=0.1)
+    assert temporary(aj.clip_by_global_norm(1.0)) == pytest.approx(0, abs=0.1)
+    leaf = torch.nn.Parameter(torch.ones(2))
+    leaf.grad = grad = torch.ones(2)
+    torch.nn.utils.clip_grad_norm_([leaf], 1.0)
+    assert leaf.grad is grad and grad[0] < 1
