@@ -36,9 +36,10 @@ SOURCE = Path(__file__).with_suffix(".cc")
 # NaN and infinity keep their meaning: no -ffast-math. Products and sums may be
 # contracted (rounded once instead of twice), since XLA's compiler does so as well.
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fno-trapping-math", "-fPIC", "-shared", "-pthread"),
 )
+NATIVE = "-march=native"
 NARROW = (jnp.dtype("float32"), jnp.dtype("bfloat16"))  # what p and g may be
 
 
@@ -208,15 +209,12 @@ def _library(compiler: list[str]) -> ctypes.CDLL:
         folder = tempfile.mkdtemp()
         path = Path(folder) / name
     new = Path(folder) / "new.so"
-    command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE)]
+    files = ["-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(new)]
+    options: Any = {"capture_output": True, "text": True, "timeout": 300}
     try:
-        subprocess.run(
-            [*command, "-o", str(new)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = subprocess.run([*compiler, *FLAGS, NATIVE, *files], **options)
+        if done.returncode:  # clang does not have it for every processor
+            subprocess.run([*compiler, *FLAGS, *files], check=True, **options)
         new.replace(path)  # another process sees all of it or nothing
         return ctypes.CDLL(str(path))
     finally:

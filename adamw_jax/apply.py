@@ -91,8 +91,9 @@ def update_and_apply(
       no window costs nothing beside the sum: 12 bytes moved for a float32 parameter,
       where updates of -0.0 that are written, read and added make 28.
 
-    Compile the step with params and state donated; otherwise both are copied at every
-    call. What comes in front of those two in a chain does not matter. A link behind
+    Compile the step with params and state donated, given and returned in that order
+    (JAX pairs donated buffers with results as they come); otherwise both are copied at
+    every call. What comes in front of those two in a chain does not matter. A link behind
     them, which needs the updates, makes it `tx.update` and `apply_updates`;
     :func:`adamw_jax.freeze` around them does not.
 

@@ -576,6 +576,17 @@ def test_a_compiler_that_fails(tmp_path, compiler):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@needs_kernel
+def test_a_compiler_that_does_not_know_the_processor(tmp_path):
+    script = tmp_path / "compiler"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *native*) exit 1;; esac\n'
+        f'exec {shutil.which("c++")} "$@"\n'
+    )
+    script.chmod(0o755)
+    assert in_process(tmp_path, CXX=str(script)) == ("[]", "None")
+
+
 def test_no_compiler(tmp_path):
     warned, why = in_process(tmp_path, PATH=str(tmp_path))
     assert (warned, why[:24]) == ("[]", "there is no C++ compiler")
