@@ -93,8 +93,8 @@ def update_and_apply(
 
     Compile the step with params and state donated, given and returned in that order
     (JAX pairs donated buffers with results as they come); otherwise both are copied at
-    every call. What comes in front of those two in a chain does not matter. A link behind
-    them, which needs the updates, makes it `tx.update` and `apply_updates`;
+    every call. What comes in front of those two in a chain does not matter. A link
+    behind them, which needs the updates, makes it `tx.update` and `apply_updates`;
     :func:`adamw_jax.freeze` around them does not.
 
     The kernel is compiled with the system's C++ compiler at the first use (seconds)
