@@ -9,6 +9,7 @@ platforms, for other dtypes and under `vmap`, XLA computes the same: `plain`.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -116,13 +117,22 @@ def _partitioned(p, m, v, g, scalars):
 
 def _partition(mesh, arguments, results):
     del results
-    leaf, scalars = arguments[0].sharding, arguments[4].sharding
+    leaf, scalars = _most_sharded(arguments), arguments[4].sharding
     return mesh, _partitioned.fun, (leaf,) * 3, (leaf,) * 4 + (scalars,)
 
 
 def _propagate(mesh, arguments, results):
     del mesh, results
-    return (arguments[0].sharding,) * 3
+    return (_most_sharded(arguments),) * 3
+
+
+def _most_sharded(arguments):
+    """Of p, m, v and g: whole parameters are cut for nothing, moments are not sent."""
+    shape = arguments[0].shape
+    return min(
+        (x.sharding for x in arguments[:4]),
+        key=lambda sharding: math.prod(sharding.shard_shape(shape)),
+    )
 
 
 _partitioned.def_partition(
@@ -161,23 +171,24 @@ def _target() -> str:
 @functools.cache
 def _load() -> str | None:
     """Compiles, if need be, and registers the kernel. Returns why it could not."""
-    compiler = _compiler()
-    if compiler is None:
-        return "there is no C++ compiler (CXX, c++, g++, clang++)"
     try:
-        library = _library(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
+        compiler = _compiler()
+        if compiler is None:
+            return "there is no C++ compiler (CXX, c++, g++, clang++)"
+        handler = jax.ffi.pycapsule(_library(compiler))
+        jax.ffi.register_ffi_target(_target(), handler, platform="cpu")
+    except Exception as error:  # whatever it is: XLA computes the same
         stderr = getattr(error, "stderr", None) or ""
         why = f"it could not be compiled and loaded: {error}\n{stderr[-2000:]}".rstrip()
-        warnings.warn(
-            f"adamw_jax goes without its kernel for CPUs, {why}\n"
-            "Updates are right, but slower. ADAMW_JAX_KERNEL=0 silences this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # raised, it would come at each update
+            warnings.warn(
+                f"adamw_jax goes without its kernel for CPUs, {why}\n"
+                "Updates are right, but slower. ADAMW_JAX_KERNEL=0 silences this.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return why
-    handler = jax.ffi.pycapsule(library.adamw_jax_one_pass)
-    jax.ffi.register_ffi_target(_target(), handler, platform="cpu")
     return None
 
 
@@ -188,21 +199,25 @@ def _compiler() -> list[str] | None:
     return next(([path] for path in found if path), None)
 
 
-def _library(compiler: list[str]) -> ctypes.CDLL:
-    """The compiled kernel: from the user's cache, or new, into it if that is possible.
+def _library(compiler: list[str]) -> Any:
+    """The compiled function: from the user's cache, or new, into it where that can be.
 
     Named by all that it depends on: machines may share a home.
     """
     depends = (SOURCE.read_text(), jaxlib.__version__, compiler, FLAGS, _machine())
     name = f"{hashlib.sha256(repr(depends).encode()).hexdigest()[:32]}.so"
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home) / "adamw_jax" / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path(os.path.expanduser("~")) / ".cache"  # "~" if there is no home
+    path = cache / "adamw_jax" / name
     if path.exists():
         try:
-            return ctypes.CDLL(str(path))
-        except OSError:
+            return ctypes.CDLL(str(path)).adamw_jax_one_pass
+        except (OSError, AttributeError):
             pass  # damaged: made anew
     try:
+        if not cache.is_absolute():
+            raise OSError("no home")
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=path.parent)
     except OSError:  # cannot be written: for this process only
@@ -210,13 +225,13 @@ def _library(compiler: list[str]) -> ctypes.CDLL:
         path = Path(folder) / name
     new = Path(folder) / "new.so"
     files = ["-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(new)]
-    options: Any = {"capture_output": True, "text": True, "timeout": 300}
+    options: Any = {"capture_output": True, "errors": "replace", "timeout": 300}
     try:
         done = subprocess.run([*compiler, *FLAGS, NATIVE, *files], **options)
         if done.returncode:  # clang does not have it for every processor
             subprocess.run([*compiler, *FLAGS, *files], check=True, **options)
         new.replace(path)  # another process sees all of it or nothing
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path)).adamw_jax_one_pass
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

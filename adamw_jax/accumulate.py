@@ -162,7 +162,7 @@ def accumulate_gradients(
         out, inner_state = jax.lax.cond(
             runs, run, wait, sums, state.inner_state, params
         )
-        return NewParams(out) if _apply is True else out, AccumulateState(
+        return NewParams(out, params) if _apply is True else out, AccumulateState(
             jnp.where(closing, 0, state.micro_step + 1),
             jnp.where(runs, increment(state.step), state.step),
             jnp.where(finite, state.skipped, increment(state.skipped)),

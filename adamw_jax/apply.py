@@ -1,5 +1,6 @@
 """From updates to parameters: added, or computed at once where that is cheaper."""
 
+import operator
 from typing import Any
 
 import jax
@@ -10,24 +11,32 @@ from ._tree import compute_dtype, is_none
 
 
 class NewParams:
-    """What `update` may return if `_apply=True` was passed: parameters, not updates.
+    """What `update` may return if `_apply=True` was passed: parameters, not updates."""
 
-    No container of JAX's and no array, so that what expects updates fails.
-    """
-
-    def __init__(self, params: optax.Params):
+    def __init__(self, params: optax.Params, old: optax.Params):
         self.params = params
+        self.old = old  # those that the update was given
 
 
 class Scaled:
     """What `update` may return then as well: updates that are still to be multiplied.
 
-    For the kernel: in front of it XLA would write the product. Opaque, too.
+    For the kernel, in front of which XLA would write the product.
     """
 
     def __init__(self, updates: optax.Updates, factor: jax.Array):
         self.updates = updates
         self.factor = factor
+
+
+def _refuse(x: Any, *_: Any) -> Any:
+    raise TypeError(f"{type(x).__name__} is no tree of updates")
+
+
+# Trees that cannot be entered, so that what expects updates fails. As a leaf, which an
+# unknown class is to JAX, they would pass a link with a mask unseen.
+jax.tree_util.register_pytree_node(NewParams, _refuse, _refuse)
+jax.tree_util.register_pytree_node(Scaled, _refuse, _refuse)
 
 
 def multiplied(updates: Any) -> optax.Updates:
@@ -66,6 +75,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     def add(p, u):
         if p is None or u is None:
             return p
+        p = p if hasattr(p, "dtype") else jnp.asarray(p)
         if not hasattr(u, "dtype") or not jnp.issubdtype(p.dtype, jnp.floating):
             return (p + u).astype(p.dtype)
         wide = compute_dtype(p.dtype)
@@ -103,7 +113,10 @@ def update_and_apply(
     each of which computes what it holds. XLA computes the same, up to the rounding of
     single operations, without a compiler, for other dtypes, under `vmap` and `grad`,
     with `nesterov` or `epsilon_hat`, with moments that are rounded stochastically, and
-    with `ADAMW_JAX_KERNEL=0` in the environment, which `jax.export` needs.
+    with `ADAMW_JAX_KERNEL=0` in the environment, which programs that are stored for
+    other processes need (`jax.export`, `serialize_executable`). With several devices
+    JAX's persistent compilation cache finds a program with the kernel again only under
+    `JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY=1`.
 
     Args:
         tx: any transformation.
@@ -135,14 +148,21 @@ def update_and_apply(
         [0.1 0.1]
     """
     update = optax.with_extra_args_support(tx).update
-    try:
-        new, new_state = update(grads, state, params, _apply=True, **extra_args)
-        if isinstance(new, NewParams):
-            return new.params, new_state
-        return apply_updates(params, multiplied(new)), new_state
+    understood = False
+
+    def attempt(grads, state, params):
+        nonlocal understood
+        new, _ = update(grads, state, params, _apply=True, **extra_args)
+        if isinstance(new, NewParams):  # of these parameters, not of copies in float32
+            old, given = jax.tree.leaves(new.old), jax.tree.leaves(params)
+            understood = len(old) == len(given) and all(map(operator.is_, old, given))
+
+    try:  # abstractly: effects of the links must not happen twice
+        jax.eval_shape(attempt, grads, state, params)
     except Exception:
-        # Something behind could not take NewParams, or something inside `_apply`; or
-        # the error is the caller's, and comes again.
-        pass
+        pass  # a link could not take that, or the error is the caller's: it comes again
+    if understood:
+        new, new_state = update(grads, state, params, _apply=True, **extra_args)
+        return new.params, new_state
     updates, new_state = update(grads, state, params, **extra_args)
     return apply_updates(params, updates), new_state

@@ -1,10 +1,12 @@
 """Many small leaves in a few buffers, made once, for an update that costs one leaf."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ._tree import broadcast, describe_mismatch, path_string
 
@@ -15,11 +17,11 @@ _MULTIPLE = 1024
 class _Layout:
     """Which leaf lies where; the static part of a :class:`Flat`."""
 
-    def __init__(self, treedef: Any, paths: list, structs: list, names: list):
+    def __init__(self, treedef: Any, paths: tuple, structs: tuple, names: tuple):
         self.treedef = treedef
-        self.paths = tuple(paths)
-        self.structs = tuple(structs)
-        self.names = tuple(names)  # of the buffer of each leaf; None: it is alone
+        self.paths = paths
+        self.structs = structs
+        self.names = names  # of the buffer of each leaf; None: it is alone
         self.alone = [i for i, name in enumerate(names) if name is None]
         self.packed: dict[str, list[int]] = {}
         for i, name in enumerate(names):
@@ -28,7 +30,7 @@ class _Layout:
         self._identity = (treedef, self.paths, self.structs, self.names)
         self._hash = hash(self._identity)
 
-    # jit asks at every call; the same object, as a rule.
+    # Asked at every call of a compiled function: the same object, as a rule.
     def __hash__(self):
         return self._hash
 
@@ -38,6 +40,10 @@ class _Layout:
             and self._hash == other._hash
             and self._identity == other._identity
         )
+
+
+# The same object for the same layout, also where gradients were flattened apart.
+_layout = functools.lru_cache(_Layout)
 
 
 class Flat:
@@ -66,6 +72,8 @@ class Flat:
         """
 
         def split(array, structs):
+            if isinstance(array, jax.ShapeDtypeStruct):
+                return [jax.ShapeDtypeStruct(x.shape, array.dtype) for x in structs]
             sizes = [math.prod(struct.shape) for struct in structs]
             # Its transpose is one concatenation; that of slices, as many paddings.
             parts = jax.lax.split(array, [*sizes, array.shape[0] - sum(sizes)])
@@ -105,8 +113,15 @@ def _spread(flat: Flat, split: Any, alone: list[Any]) -> Any:
         leaves[i] = leaf
     for name, indices in layout.packed.items():
         structs, buffer = [layout.structs[i] for i in indices], flat.buffers[name]
-        hidden = not hasattr(buffer, "dtype")  # such as MaskedNode, for frozen leaves
-        parts = [buffer] * len(indices) if hidden else split(buffer, structs)
+        if hasattr(buffer, "dtype"):
+            parts = split(buffer, structs)
+        elif _is_hidden(buffer) or jax.tree_util.all_leaves([buffer]):
+            parts = [buffer] * len(indices)  # as a mask's bool
+        else:
+            raise ValueError(
+                f"in place of buffer {name} there is a {type(buffer).__name__}, which "
+                "cannot be cut into leaves"
+            )
         for i, part in zip(indices, parts, strict=True):
             leaves[i] = part
     return layout.treedef.unflatten(leaves)
@@ -120,9 +135,12 @@ def flatten(params: Any, *masks: Any, max_size: int = 2**16) -> Flat:
     `init`, and keep them so: gradients, moments and updates then are a few large
     arrays, and the network sees its usual tree by slices.
 
-    What depends on a leaf as a whole sees the buffer: a mask must say the same for all
-    leaves in one, which it does if it was given here; LARS, LAMB and Muon need the
-    leaves themselves. So does code that looks for parameters by path in the state.
+    What depends on a leaf as a whole sees the buffer: LARS, LAMB and Muon need the
+    leaves themselves, as does code that looks for parameters by path in the state. A
+    mask or a function of labels sees the leaves if it is given to this package, or made
+    by :func:`adamw_jax.mask_by`, :func:`adamw_jax.mask_by_path` or
+    :func:`adamw_jax.labels_by_path`; any other one, given to Optax, sees the buffers.
+    It must say the same for all leaves of a buffer, as it does if it was given here.
 
     Conventions that bite:
 
@@ -180,11 +198,11 @@ def flatten(params: Any, *masks: Any, max_size: int = 2**16) -> Flat:
     for i, leaf in enumerate(leaves):
         packed = leaf.size <= max_size and not _is_sharded(leaf)
         packed = packed and jnp.issubdtype(leaf.dtype, jnp.floating)
-        name = "/".join(map(str, (leaf.dtype, *(column[i] for column in columns))))
+        name = "/".join([str(leaf.dtype), *(repr(column[i]) for column in columns)])
         names.append(name if packed else None)
-    paths = [path_string(path) for path, _ in flat]
-    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    return _pack(leaves, _Layout(treedef, paths, structs, names))
+    paths = tuple(path_string(path) for path, _ in flat)
+    structs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    return _pack(leaves, _layout(treedef, paths, structs, tuple(names)))
 
 
 def unflatten(tree: Any) -> Any:
@@ -195,7 +213,11 @@ def unflatten(tree: Any) -> Any:
 
     Returns:
         What it would be had :func:`flatten` never been called. The arrays are copies
-        (out of `jit`).
+        (out of `jit`); shapes give shapes.
+
+    Raises:
+        ValueError: there is something else in place of a buffer: the moments of
+            :func:`adamw_jax.quantize_moments`, whose blocks cross the leaves.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -247,9 +269,12 @@ def flatten_like(tree: Any, like: Any) -> Any:
                 "the tree does not have the structure of what was flattened: "
                 f"{describe_mismatch('tree', sub, structs)}"
             ) from None
-        leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in leaves]
+        leaves = [
+            x if hasattr(x, "dtype") or _is_hidden(x) else jnp.asarray(x)
+            for x in leaves
+        ]
         for path, x, struct in zip(layout.paths, leaves, layout.structs, strict=True):
-            if x.shape != struct.shape:
+            if not _is_hidden(x) and x.shape != struct.shape:
                 raise ValueError(
                     f"leaf {path} has the shape {x.shape}, but {struct.shape} was "
                     "flattened"
@@ -295,6 +320,9 @@ def collapse(name: str, tree: Any, flat: Flat) -> Flat:
 def _pack(leaves: list[Any], layout: _Layout) -> Flat:
     buffers = {}
     for name, indices in layout.packed.items():
+        if all(_is_hidden(leaves[i]) for i in indices):
+            buffers[name] = leaves[indices[0]]
+            continue
         parts = [jnp.ravel(leaves[i]) for i in indices]
         dtypes = sorted({part.dtype.name for part in parts})
         if len(dtypes) > 1:
@@ -303,6 +331,11 @@ def _pack(leaves: list[Any], layout: _Layout) -> Flat:
         parts.append(jnp.zeros(-size % _MULTIPLE, dtypes[0]))
         buffers[name] = jnp.concatenate(parts)
     return Flat(buffers, [leaves[i] for i in layout.alone], layout)
+
+
+def _is_hidden(x: Any) -> bool:
+    """A leaf that a transformation does not see, as one that is frozen."""
+    return isinstance(x, optax.MaskedNode)
 
 
 def _is_sharded(x: Any) -> bool:

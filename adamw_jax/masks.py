@@ -341,7 +341,7 @@ def freeze(
             shown = jax.tree.map(
                 lambda f, p, new_p: p if f else new_p, frozen, params, new.params
             )
-            return NewParams(shown), FreezeState(inner_state)
+            return NewParams(shown, params), FreezeState(inner_state)
 
         def zero(u, new_u):
             if u is None or not isinstance(new_u, optax.MaskedNode):

@@ -502,11 +502,12 @@ def _in_one_pass(
             return None, mu, nu, p
 
         trees = {"state.mu": moments.mu, "state.nu": moments.nu, "params": params}
-        _, mu, nu, params = map_leaves(leaf, updates, trees, carried=3)
+        _, mu, nu, new_params = map_leaves(leaf, updates, trees, carried=3)
         moments = ScaleByAdamState(
             increment(moments.count), mu, nu, beta1.log_product, beta2.log_product
         )
-        return NewParams(params), (*state[:place], moments, *state[place + 1 :])
+        state = (*state[:place], moments, *state[place + 1 :])
+        return NewParams(new_params, params), state
 
     return optax.GradientTransformationExtraArgs(links.init, update)
 

@@ -187,7 +187,9 @@ def test_a_step_is_as_small_as_that_of_one_leaf():
         return jax.tree.map(lambda x: x + 1, params)
 
     params = params_of()
-    step(step(aj.flatten(params)))
+    first = aj.flatten(params)
+    assert aj.flatten(params_of())._layout is first._layout  # compared at every call
+    step(step(first))
     step(aj.flatten(params))  # another object of the same layout
     assert traced == 1
 
@@ -233,6 +235,38 @@ def test_checkpoints_are_plain(tmp_path):
         restored = checkpointer.restore(tmp_path / "1", shapes)
     compare(aj.flatten_like(restored["params"], params), params)
     compare(aj.flatten_like(restored["state"], state), state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_there_and_back(lenient, name):
+    make, masks = OPTIMIZERS[name]
+    flat, tx = aj.flatten(params_of(), *masks), make()
+    state = tx.init(flat)
+    plain = aj.unflatten(state)
+    assert jax.tree.structure(plain) == jax.tree.structure(tx.init(flat.tree))
+    compare(aj.flatten_like(plain, state), state)
+    shapes = aj.unflatten(jax.eval_shape(tx.init, flat))
+    assert jax.tree.structure(shapes) == jax.tree.structure(plain)
+    for x, y in zip(jax.tree.leaves(shapes), jax.tree.leaves(plain), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def test_blocks_that_cross_the_leaves():
+    """They train, and are not taken for blocks of the leaves."""
+    params = {"a": jnp.ones((64, 8)), "b": jnp.ones((16, 64))}
+    flat, tx = aj.flatten(params), aj.quantize_moments(aj.adamw(0.1), min_size=256)
+    state = tx.init(flat)
+    updates, _ = tx.update(flat, state, flat)
+    assert np.isfinite(updates.buffers["float32"]).all()
+    with pytest.raises(ValueError, match="of buffer float32 there is a Blocks"):
+        aj.unflatten(state)
+
+
+def test_labels_with_slashes():
+    """Their buffers are not mistaken for each other's."""
+    params = {"a": jnp.zeros(2), "b": jnp.ones(3)}
+    flat = aj.flatten(params, {"a": "a/b", "b": "a"}, {"a": "c", "b": "b/c"})
+    assert len(flat.buffers) == 2
 
 
 def test_nnx():

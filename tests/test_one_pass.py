@@ -144,7 +144,7 @@ def test_bfloat16_is_rounded_to_nearest_even():
     """Halfway cases: an update of exactly half a spacing."""
     p = jnp.array([1.0, 1.0078125, 1.015625, -1.0, -1.0078125], "bfloat16")
     # m = g, v = 1 and no decay: p - learning_rate * g
-    s = jnp.array([0, 1, 1, 1, 0, 1, 0, 0, 2.0**-8, 0], "float32")
+    s = jnp.array([0, 1, 1, 1, 0, 1, 0, 0, 2.0**-8, 0, 1], "float32")
     g, m, v = -jnp.sign(p).astype("float32"), jnp.zeros(5), jnp.ones(5)
     got, *_ = _one_pass.one_pass(p, m, v, g, s, False)
     np.testing.assert_array_equal(
@@ -268,21 +268,67 @@ def test_random_rounding_goes_the_ordinary_way():
     assert_close(*ways, ulps=0)
 
 
+def is_bias(tree):
+    """By path: False for what is taken for a leaf, as it has none."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "bias" in jax.tree_util.keystr(path), tree
+    )
+
+
 @pytest.mark.parametrize(
     "behind",
     [
         optax.scale(0.5),
         aj.round_updates_stochastically(),
         optax.masked(optax.scale(0.5), {k: k == "bias" for k in PARAMS}),
+        optax.masked(optax.scale(0.5), is_bias),
+        optax.masked(optax.scale(0.5), aj.mask_by_path("bias")),
+        optax.masked(optax.scale(0.5), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        optax.add_decayed_weights(-0.5, is_bias),
+        optax.partition(
+            {"body": optax.scale(0.1), "head": optax.identity()},
+            aj.labels_by_path({"body": "bias"}, default="head"),
+        ),
+        optax.transforms.freeze(is_bias),
         optax.apply_every(2),
         optax.identity(),
     ],
-    ids=["scale", "rounding", "masked", "apply_every", "identity"],
 )
 def test_a_link_behind(behind, lenient):
     """It needs updates, unless it does nothing with them."""
     tx = optax.chain(aj.adamw(0.05), behind)
     assert_close(*(trajectory(way, tx, PARAMS, GRADS[:4]) for way in WAYS), ulps=10)
+
+
+def test_parameters_that_a_wrapper_replaces(lenient):
+    """By copies in float32, which are not to come back in place of the bfloat16."""
+    inner = aj.adamw(0.05)
+
+    def wide(params):
+        return jax.tree.map(lambda x: x.astype("float32"), params)
+
+    tx = optax.GradientTransformationExtraArgs(
+        lambda params: inner.init(wide(params)),
+        lambda updates, state, params=None, **extra: inner.update(
+            updates, state, wide(params), **extra
+        ),
+    )
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), PARAMS)
+    assert_close(*(trajectory(way, tx, params, GRADS[:2]) for way in WAYS), ulps=10)
+
+
+@pytest.mark.parametrize("behind", [[], [optax.scale(0.5)]], ids=["at once", "in two"])
+def test_effects_happen_once(behind, lenient):
+    seen = []
+
+    def count(updates, params):
+        jax.debug.callback(lambda: seen.append(1))
+        return updates
+
+    tx = optax.chain(optax.stateless(count), aj.adamw(0.1), *behind)
+    program("at once", tx)(PARAMS, tx.init(PARAMS), GRADS[0])
+    jax.effects_barrier()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -483,6 +529,28 @@ def test_two_devices(axes, spec, accumulated):
 
 
 @needs_kernel
+@pytest.mark.parametrize("grads_too", [False, True])
+def test_moments_sharded_and_parameters_whole(grads_too):
+    """The parameters are sent, as they must be; the moments stay where they are."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, half = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("x",)))
+    tx, alone = aj.adamw(0.1, weight_decay=0.1), draws(400_000, 0)
+    p = jax.device_put(alone, whole)
+    g = jax.device_put(draws(400_000, 1), half if grads_too else whole)
+    state = jax.tree.map(
+        lambda x: jax.device_put(x, half if x.ndim and x.size > 99 else whole),
+        tx.init(alone),
+    )
+    out = jax.tree.map(lambda x: x.sharding, (p, state))
+    step = program("at once", tx, donate_argnums=(0, 1), out_shardings=out)
+    compiled = step.lower(p, state, g).compile()
+    assert len(re.findall(r" all-gather\(", compiled.as_text())) == 1
+    assert 'custom_call_target="adamw_jax_one_pass' in compiled.as_text()
+    expected = program("two calls", tx)(alone, tx.init(alone), jax.device_get(g))
+    assert_close(step(p, state, g), jax.device_put(expected, whole), ulps=1)
+
+
+@needs_kernel
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(check_vma):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -587,6 +655,21 @@ def test_a_compiler_that_does_not_know_the_processor(tmp_path):
     assert in_process(tmp_path, CXX=str(script)) == ("[]", "None")
 
 
+def test_a_command_that_cannot_be_read(tmp_path):
+    warned, why = in_process(tmp_path, CXX='c++ "')
+    assert warned == "['adamw_jax goes without its kernel for CP']"
+    assert "No closing quotation" in why
+
+
+@needs_kernel
+def test_a_relative_cache_is_none(tmp_path, monkeypatch):
+    """As its specification says; nothing is written where the program happens to be."""
+    monkeypatch.chdir(tmp_path)
+    home = str(tmp_path / "home")
+    assert in_process(tmp_path, XDG_CACHE_HOME="cache", HOME=home) == ("[]", "None")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_no_compiler(tmp_path):
     warned, why = in_process(tmp_path, PATH=str(tmp_path))
     assert (warned, why[:24]) == ("[]", "there is no C++ compiler")
@@ -632,6 +715,13 @@ CLIPPED = {
     "nesterov": lambda: optax.chain(CLIP, aj.adamw(CYCLE, nesterov=True)),
     "another between": lambda: optax.chain(CLIP, optax.scale(2.0), aj.adamw(CYCLE)),
     "the last link": lambda: CLIP,
+    "a mask between": lambda: optax.chain(
+        CLIP, optax.masked(optax.set_to_zero(), is_bias), aj.adamw(CYCLE)
+    ),
+    "a decay between": lambda: optax.chain(
+        CLIP, optax.add_decayed_weights(0.1, is_bias), aj.adamw(CYCLE)
+    ),
+    "a mask around": lambda: optax.chain(CLIP, optax.masked(aj.adamw(CYCLE), is_bias)),
     "sgd": lambda: optax.chain(CLIP, aj.sgd(0.1)),
     "scheduled": lambda: optax.chain(
         aj.with_hyperparams(aj.clip_by_global_norm, max_norm=0.5), aj.adamw(CYCLE)
