@@ -13,7 +13,7 @@ from ._tree import compute_dtype, is_none
 class NewParams:
     """What `update` may return if `_apply=True` was passed: parameters, not updates."""
 
-    def __init__(self, params: optax.Params, old: optax.Params):
+    def __init__(self, params: Any, old: Any):
         self.params = params
         self.old = old  # those that the update was given
 
@@ -162,6 +162,7 @@ def update_and_apply(
     except Exception:
         pass  # a link could not take that, or the error is the caller's: it comes again
     if understood:
+        new: Any
         new, new_state = update(grads, state, params, _apply=True, **extra_args)
         return new.params, new_state
     updates, new_state = update(grads, state, params, **extra_args)

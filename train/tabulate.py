@@ -127,7 +127,8 @@ def pictures(runs: list[dict[str, Any]]) -> str:
 
 def updates(benches: list[dict[str, Any]]) -> str:
     """Milliseconds of an update, the median of the turns, and bytes for a parameter."""
-    names = list(dict.fromkeys(name for bench in benches for name in bench["rows"]))
+    longest = sorted(benches, key=lambda bench: -len(bench["rows"]))
+    names = list(dict.fromkeys(name for bench in longest for name in bench["rows"]))
     compiled = [name for name in names if "PyTorch" not in name]
     rows: list[tuple[str, ...]] = [
         ("parameters", "step", "floor, ms", *names, "here / PyTorch, fused")
