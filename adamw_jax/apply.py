@@ -162,8 +162,8 @@ def update_and_apply(
     except Exception:
         pass  # a link could not take that, or the error is the caller's: it comes again
     if understood:
-        new: Any
         new, new_state = update(grads, state, params, _apply=True, **extra_args)
+        assert isinstance(new, NewParams)
         return new.params, new_state
     updates, new_state = update(grads, state, params, **extra_args)
     return apply_updates(params, updates), new_state
