@@ -29,6 +29,7 @@ for dtype in float32 bfloat16; do
     --dtype "$dtype" --calls 2 --turns 5
 done
 update tiny --leaves tiny
+update tiny-bfloat16 --leaves tiny --dtype bfloat16
 part flatten bench_flatten --out "$out" --name flatten --overwrite
 part accumulate bench_accumulate --out "$out" --name accumulate --overwrite
 exit $failed
