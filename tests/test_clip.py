@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adamw_jax as aj
@@ -52,6 +52,7 @@ def test_against_pytorch(x64, max_norm):
     compare(new, [leaf.grad.numpy() for leaf in leaves], rtol=1e-14)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5),
     st.floats(2.0**-10, 1000, width=32),
