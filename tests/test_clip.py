@@ -52,9 +52,13 @@ def test_against_pytorch(x64, max_norm):
     compare(new, [leaf.grad.numpy() for leaf in leaves], rtol=1e-14)
 
 
-@settings(deadline=None)
+# XLA on a CPU takes subnormal numbers for 0.
+NUMBERS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+
+
+@settings(deadline=None, max_examples=300)
 @given(
-    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5),
+    st.lists(NUMBERS, min_size=1, max_size=5),
     st.floats(2.0**-10, 1000, width=32),
 )
 def test_one_factor_and_no_more_than_the_norm(values, max_norm):
