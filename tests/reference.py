@@ -1,6 +1,6 @@
 """The update rules in float64 NumPy, written from the papers, one loop each.
 
-And the loop in JAX that is held against them, and against PyTorch, and its compiled step.
+And the loop in JAX that is held against them and PyTorch, and its compiled step.
 """
 
 import jax
