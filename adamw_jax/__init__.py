@@ -2,17 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ._torch import Layout as Layout
-from ._torch import flax_layout as flax_layout
-from .accumulate import AccumulateState as AccumulateState
-from .accumulate import accumulate_gradients as accumulate_gradients
-from .accumulate import has_updated as has_updated
 from .apply import apply_updates as apply_updates
 from .apply import update_and_apply as update_and_apply
-from .flat import Flat as Flat
-from .flat import flatten as flatten
-from .flat import flatten_like as flatten_like
-from .flat import unflatten as unflatten
 from .hyperparams import HyperparamsState as HyperparamsState
 from .hyperparams import current_hyperparams as current_hyperparams
 from .hyperparams import override_hyperparams as override_hyperparams
@@ -29,39 +20,52 @@ from .optimizers import adam as adam
 from .optimizers import adamw as adamw
 from .optimizers import amsgrad as amsgrad
 from .optimizers import sgd as sgd
-from .phases import Phase as Phase
-from .phases import Phases as Phases
-from .phases import cosine_restarts as cosine_restarts
-from .phases import one_cycle as one_cycle
-from .phases import one_cycle_plateau as one_cycle_plateau
-from .phases import one_cycle_torch as one_cycle_torch
-from .phases import range_test as range_test
-from .quantized import Blocks as Blocks
-from .quantized import QuantizedMomentsState as QuantizedMomentsState
-from .quantized import dequantize_blockwise as dequantize_blockwise
-from .quantized import quantize_blockwise as quantize_blockwise
-from .quantized import quantize_moments as quantize_moments
-from .rounding import round_updates_stochastically as round_updates_stochastically
-from .rounding import stochastic_round as stochastic_round
-from .torch_optimizer import (
+from .pytorch.names import Layout as Layout
+from .pytorch.names import flax_layout as flax_layout
+from .pytorch.optimizer import (
     optimizer_from_torch_state_dict as optimizer_from_torch_state_dict,
 )
-from .torch_optimizer import phases_from_torch_scheduler as phases_from_torch_scheduler
-from .torch_state import from_torch_state_dict as from_torch_state_dict
-from .torch_state import params_from_torch_state_dict as params_from_torch_state_dict
-from .torch_state import params_to_torch_state_dict as params_to_torch_state_dict
-from .torch_state import to_torch_state_dict as to_torch_state_dict
-from .transforms import ScaleByAdamState as ScaleByAdamState
-from .transforms import ScaleByAmsgradState as ScaleByAmsgradState
-from .transforms import TraceState as TraceState
-from .transforms import add_decayed_weights as add_decayed_weights
-from .transforms import add_l2_gradient as add_l2_gradient
-from .transforms import clip_by_global_norm as clip_by_global_norm
-from .transforms import normalized_weight_decay as normalized_weight_decay
-from .transforms import scale_by_adam as scale_by_adam
-from .transforms import scale_by_amsgrad as scale_by_amsgrad
-from .transforms import scale_by_learning_rate as scale_by_learning_rate
-from .transforms import trace as trace
+from .pytorch.optimizer import (
+    phases_from_torch_scheduler as phases_from_torch_scheduler,
+)
+from .pytorch.state import from_torch_state_dict as from_torch_state_dict
+from .pytorch.state import params_from_torch_state_dict as params_from_torch_state_dict
+from .pytorch.state import params_to_torch_state_dict as params_to_torch_state_dict
+from .pytorch.state import to_torch_state_dict as to_torch_state_dict
+from .schedules.phases import Phase as Phase
+from .schedules.phases import Phases as Phases
+from .schedules.phases import cosine_restarts as cosine_restarts
+from .schedules.phases import one_cycle as one_cycle
+from .schedules.phases import one_cycle_plateau as one_cycle_plateau
+from .schedules.phases import one_cycle_torch as one_cycle_torch
+from .schedules.phases import range_test as range_test
+from .transforms.moments import ScaleByAdamState as ScaleByAdamState
+from .transforms.moments import ScaleByAmsgradState as ScaleByAmsgradState
+from .transforms.moments import TraceState as TraceState
+from .transforms.moments import add_decayed_weights as add_decayed_weights
+from .transforms.moments import add_l2_gradient as add_l2_gradient
+from .transforms.moments import clip_by_global_norm as clip_by_global_norm
+from .transforms.moments import normalized_weight_decay as normalized_weight_decay
+from .transforms.moments import scale_by_adam as scale_by_adam
+from .transforms.moments import scale_by_amsgrad as scale_by_amsgrad
+from .transforms.moments import scale_by_learning_rate as scale_by_learning_rate
+from .transforms.moments import trace as trace
+from .transforms.rounding import (
+    round_updates_stochastically as round_updates_stochastically,
+)
+from .transforms.rounding import stochastic_round as stochastic_round
+from .wrappers.accumulation import AccumulateState as AccumulateState
+from .wrappers.accumulation import accumulate_gradients as accumulate_gradients
+from .wrappers.accumulation import has_updated as has_updated
+from .wrappers.eight_bit import Blocks as Blocks
+from .wrappers.eight_bit import QuantizedMomentsState as QuantizedMomentsState
+from .wrappers.eight_bit import dequantize_blockwise as dequantize_blockwise
+from .wrappers.eight_bit import quantize_blockwise as quantize_blockwise
+from .wrappers.eight_bit import quantize_moments as quantize_moments
+from .wrappers.packing import Flat as Flat
+from .wrappers.packing import flatten as flatten
+from .wrappers.packing import flatten_like as flatten_like
+from .wrappers.packing import unflatten as unflatten
 
 try:
     __version__ = version("adamw_jax")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ._tree import ScalarOrSchedule, check_scalar, increment, scalar_dtype
-from .phases import Phases
+from .schedules.phases import Phases
 
 
 class HyperparamsState(NamedTuple):

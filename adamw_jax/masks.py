@@ -23,7 +23,7 @@ from ._tree import (
     path_string,
 )
 from .apply import NewParams, multiplied
-from .flat import Flat, collapse, struct_tree
+from .wrappers.packing import Flat, collapse, struct_tree
 
 Mask = Any | Callable[[Any], Any] | None
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._one_pass import is_available, one_pass
 from ._tree import (
     ScalarOrSchedule,
     check_choice,
@@ -22,10 +21,11 @@ from ._tree import (
     scalar_dtype,
 )
 from .apply import NewParams, Scaled, multiplied
+from .fused.kernel import is_available, one_pass
 from .hyperparams import driven_name, with_hyperparams
 from .masks import Mask, leaf_flags
-from .phases import Phases
-from .transforms import (
+from .schedules.phases import Phases
+from .transforms.moments import (
     AmsgradConvention,
     BiasCorrection,
     ScaleByAdamState,

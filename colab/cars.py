@@ -48,7 +48,9 @@ sys.path.insert(0, str(root))
 # %%
 from PIL import Image
 
-from train import cars, devices, images
+from train import cars
+from train.data import pictures as images
+from train.run import devices
 
 devices.use_compilation_cache()
 

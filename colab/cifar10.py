@@ -54,7 +54,9 @@ sys.path.insert(0, str(root))
 import jax
 import numpy as np
 
-from train import cifar10, data, devices, lr_find
+from train import cifar10, lr_find
+from train.data import cifar10 as data
+from train.run import devices
 
 devices.use_all_cores(batch_size=128)
 devices.use_compilation_cache()

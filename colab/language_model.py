@@ -48,7 +48,8 @@ sys.path.insert(0, str(root))
 # %%
 import jax
 
-from train import devices, generate, language_model, tune_cache
+from train import generate, language_model, tune_cache
+from train.run import devices
 
 devices.use_compilation_cache()
 print({name: version(name) for name in ("adamw_jax", "jax", "flax")}, jax.devices())

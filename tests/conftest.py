@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from train import data
+from train.data import cifar10 as data
 
 # Two devices for the sharding tests; must precede the first computation.
 jax.config.update("jax_num_cpu_devices", 2)

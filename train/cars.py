@@ -54,16 +54,20 @@ from adamw_jax import (
     one_cycle,
     scale_by_group,
 )
-from train import checkpoint, confusion, devices, images, plots, record, weights
-from train.optimizer import (
+from train.data import pictures as images
+from train.models import pretrained as weights
+from train.models.resnet import LAYERS, Head, ResNet
+from train.plots import confusion
+from train.plots import pictures as plots
+from train.recipes.optimizer import (
     OURS,
     check_optimizer,
     optimizer_of,
     optimizer_rules,
     rate_alone,
 )
-from train.report import spread, summary
-from train.resnet import LAYERS, Head, ResNet
+from train.run import checkpoint, devices, record
+from train.run.report import spread, summary
 
 # ---------------------------------------------------------------------------
 # config

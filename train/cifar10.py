@@ -39,16 +39,20 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamw_jax import Phases, apply_updates, one_cycle
-from train import batches, checkpoint, data, devices, plots, record, tta
-from train.optimizer import (
+from train.data import batches
+from train.data import cifar10 as data
+from train.models import tta
+from train.models.wide_resnet import WideResNet
+from train.plots import pictures as plots
+from train.recipes.optimizer import (
     OURS,
     check_optimizer,
     optimizer_of,
     optimizer_rules,
     rate_alone,
 )
-from train.report import spread, summary
-from train.wide_resnet import WideResNet
+from train.run import checkpoint, devices, record
+from train.run.report import spread, summary
 
 # ---------------------------------------------------------------------------
 # config

@@ -49,8 +49,11 @@ from adamw_jax import (
     apply_updates,
     no_decay_on_bias_and_norm,
 )
-from train import batches, data, devices, plots, record
-from train.models import conv, global_max, max_pool
+from train.data import batches
+from train.data import cifar10 as data
+from train.models.conv import conv, global_max, max_pool
+from train.plots import pictures as plots
+from train.run import devices, record
 
 # ---------------------------------------------------------------------------
 # config

@@ -32,17 +32,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamw_jax import Phases, adam, adamw, amsgrad, one_cycle, sgd
-from train import (
-    analysis,
-    batches,
-    data,
-    devices,
-    models,
-    plots,
-    record,
-    report,
-    torch_loop,
-)
+from train.data import batches
+from train.data import cifar10 as data
+from train.evals import statistics as analysis
+from train.models import small as models
+from train.plots import pictures as plots
+from train.references import loop as torch_loop
+from train.run import devices, record, report
 
 # ---------------------------------------------------------------------------
 # config

@@ -30,9 +30,11 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import adamw_jax as aj
-from train import batches, record, report, torch_resnet
-from train.data import load_digits
-from train.resnet import Head, ResNet
+from train.data import batches
+from train.data.cifar10 import load_digits
+from train.models.resnet import Head, ResNet
+from train.references import resnet as torch_resnet
+from train.run import record, report
 
 CLASSES = 10
 

@@ -20,7 +20,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from train import devices, language_model, text
+from train import language_model
+from train.data import text
+from train.run import devices
 
 # ---------------------------------------------------------------------------
 # config

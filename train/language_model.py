@@ -51,25 +51,19 @@ from adamw_jax import (
     clip_by_global_norm,
     one_cycle_plateau,
 )
-from train import (
-    awd,
-    checkpoint,
-    devices,
-    kneser_ney,
-    neural_cache,
-    perplexity,
-    plots,
-    record,
-    text,
-)
-from train.optimizer import (
+from train.data import text
+from train.evals import kneser_ney, neural_cache, perplexity
+from train.models import awd
+from train.plots import pictures as plots
+from train.recipes.optimizer import (
     OURS,
     check_optimizer,
     optimizer_of,
     optimizer_rules,
     rate_alone,
 )
-from train.report import spread, summary
+from train.run import checkpoint, devices, record
+from train.run.report import spread, summary
 
 # ---------------------------------------------------------------------------
 # config

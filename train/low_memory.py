@@ -27,7 +27,12 @@ from flax import nnx
 from jax import lax
 
 from adamw_jax import adamw, one_cycle, quantize_moments
-from train import analysis, batches, data, devices, models, record, report, torch_loop
+from train.data import batches
+from train.data import cifar10 as data
+from train.evals import statistics as analysis
+from train.models import small as models
+from train.references import loop as torch_loop
+from train.run import devices, record, report
 
 # ---------------------------------------------------------------------------
 # config
@@ -177,7 +182,7 @@ def train_torch(name: str, config: Config, member: dict, images):
     import torch
     from torch.nn import functional as F
 
-    from train.torch_wide_resnet import crop_and_flip
+    from train.references.wide_resnet import crop_and_flip
 
     module, kind = TORCH_OPTIMIZERS[name]
     make: Any = getattr(importlib.import_module(module), kind)

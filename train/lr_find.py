@@ -7,7 +7,7 @@
 Trains while the learning rate grows from step to step, until the loss diverges, and
 writes the curve, its picture and a suggestion. `find` does it for any loss function:
 
-    from train import lr_find
+    from train import (lr_find)
 
     graphdef, params, state = nnx.split(net, nnx.Param, ...)  # ...: batch norm, keys
 
@@ -49,9 +49,13 @@ from adamw_jax import (
     range_test,
     sgd,
 )
-from train import batches, data, devices, language_model, plots, record, text
-from train.optimizer import optimizer_of
-from train.wide_resnet import WideResNet
+from train import language_model
+from train.data import batches, text
+from train.data import cifar10 as data
+from train.models.wide_resnet import WideResNet
+from train.plots import pictures as plots
+from train.recipes.optimizer import optimizer_of
+from train.run import devices, record
 
 # ---------------------------------------------------------------------------
 # config

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train import cars, language_model, report
+from train import cars, language_model
 from train.cifar10 import RECIPES
+from train.run import report
 
 
 def table(folder: Path) -> str:

@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from train import devices, language_model, neural_cache, perplexity, plots, record
+from train import language_model
+from train.evals import neural_cache, perplexity
+from train.plots import pictures as plots
+from train.run import devices, record
 
 # ---------------------------------------------------------------------------
 # config

@@ -1,0 +1,226 @@
+"""The scripts that measure everything, with an interpreter that only notes."""
+
+import importlib
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+from train.data import cifar10 as data
+from train.data import pictures as images
+
+TRAIN = Path(__file__).parents[3] / "train" / "measure"
+SCRIPT = TRAIN / "cifar10.sh"
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Runs it; returns the exit status and the commands, as lists of words."""
+    notes, python = tmp_path / "notes", tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {notes}\necho says something\n'
+        'case "$*" in *$FAIL*) exit 1;; esac\n'
+    )
+    python.chmod(0o755)
+
+    def run(*command, fail="nothing"):
+        notes.write_text("")
+        env = os.environ | {"PYTHON": str(python), "FAIL": fail}
+        command = command or (SCRIPT, "DIR", tmp_path / "out")
+        done = subprocess.run(command, env=env, check=False)
+        return done.returncode, [line.split() for line in notes.read_text().split("\n")]
+
+    return run
+
+
+def test_what_is_done_is_not_repeated_and_what_failed_is(measure, tmp_path):
+    status, commands = measure(fail="sgd-30")
+    assert status == 1
+    names = [words[words.index("--name") + 1] for words in commands[:-1]]
+    assert len(names) == len(set(names)) == 10
+    assert "says something" in (tmp_path / "out" / "sgd-30.log").read_text()
+    status, commands = measure()
+    assert status == 0
+    assert [words[1] for words in commands[:-1]] == ["train.cifar10"]
+    assert "sgd-30" in commands[0]
+    assert measure() == (0, [[]])
+
+
+def test_it_can_be_stopped(tmp_path):
+    """With what is running, at once, without going on to the next part."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/notes\nexec sleep 60\n')
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python)}
+    command = ["timeout", "1", SCRIPT, "DIR", tmp_path / "out"]
+    done = subprocess.run(command, env=env, check=False, timeout=30)
+    assert done.returncode == 124
+    assert len((tmp_path / "notes").read_text().splitlines()) == 1
+
+
+def test_the_commands_are_understood(measure):
+    """By each script's own parser; with the seeds that were asked for."""
+    _, commands = measure()
+    runs = {}
+    for _, module, *args in commands[:-1]:
+        script = importlib.import_module(module)
+        if module == "train.cifar10":
+            recipe = args[args.index("--recipe") + 1]
+            config = tyro.cli(script.Config, args=args, default=script.RECIPES[recipe])
+        elif module == "train.bench":
+            config = tyro.cli(script.Cifar10 | script.LanguageModel, args=args)
+        else:
+            config = tyro.cli(script.Config, args=args)
+        runs[config.name] = config
+        assert config.out.name == "out"
+        if module == "train.cifar10":
+            assert (config.blocks, config.width, config.train_size) == (3, 96, None)
+            assert config.name == config.recipe
+    seeds = {name: getattr(config, "seeds", None) for name, config in runs.items()}
+    assert seeds == {
+        **{"fast": 10, "fast-200": 200, "bench-wrn22": None},
+        **{"adamw-30": 5, "adamw-18-tta": 5, "adamw-30-wd0.3": 3},
+        **{"adam-l2-30": 3, "amsgrad-30": 3, "amsgrad-l2-30": 3, "sgd-30": 3},
+    }
+    assert runs["fast-200"].first_seed >= 10  # none that the choices were made with
+
+
+@pytest.mark.parametrize("data", [None, "DIR"])
+def test_the_commands_for_language_models(measure, tmp_path, data):
+    script, out = TRAIN / "language_model.sh", tmp_path / "out"
+    command = [script, out] if data is None else [script, out, tmp_path / data]
+    (tmp_path / "DIR").mkdir()
+    status, commands = measure(*command, fail="salesforce")
+    assert status == (data is None)
+    runs, tuned, timed = {}, [], []
+    for _, module, *args in commands[:-1]:
+        script = importlib.import_module(module)
+        if module == "train.language_model":
+            config = script.config_of(args)
+            runs[config.name] = config
+            name = f"{config.model}-{config.recipe}"
+            name += "-bfloat16" * (config.dtype == "bfloat16")
+            assert (config.out, config.name) == (out, name)
+            assert config.data_dir == (data and tmp_path / data)
+            assert config.embedding == (400 if data else 128)
+        elif module == "train.tune_cache":
+            options = (tyro.conf.PositionalRequiredArgs,)
+            config = tyro.cli(script.Config, args=args, config=options)
+            assert config.folder.name in runs  # trained before
+            assert config.data_dir == (data and tmp_path / data)
+            tuned.append(config.folder.name)
+        else:
+            config = tyro.cli(script.Cifar10 | script.LanguageModel, args=args)
+            timed.append((config.model, config.cudnn, config.dtype))
+    recipes = {"adam-l2", "adamw", "amsgrad-l2", "amsgradw"}
+    recipes |= set() if data else {"salesforce"}
+    names = {f"{m}-{r}" for m in ("lstm", "qrnn") for r in recipes}
+    assert set(runs) == names | (set() if data else {"lstm-adamw-bfloat16"})
+    assert {config.seeds for config in runs.values()} == {1 if data else 3}
+    assert tuned == ["lstm-adam-l2", "qrnn-adam-l2"]
+    expected = [(model, False, "float32") for model in ("lstm", "qrnn")]
+    expected += [("lstm", True, "float32"), ("lstm", False, "bfloat16")]
+    assert timed == (expected if data else [])
+    if data is None:  # what failed is done again, and nothing else
+        _, commands = measure(*command)
+        assert [words[4] for words in commands[:-1]] == ["salesforce"] * 2
+
+
+@pytest.mark.parametrize("weights", [None, "WEIGHTS.pth"])
+def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
+    """From scratch, CIFAR-10's body, and what is begun with that or with the file."""
+    out, given = tmp_path / "out", tmp_path / "given"
+    given.mkdir()
+    monkeypatch.setenv("NETWORK", "--architecture resnet18 --width 16")
+    monkeypatch.setenv("EPOCHS", "12")
+    command = [TRAIN / "cars.sh", out, given / "CARS", given / "CIFAR"]
+    command += [given / weights] if weights else []
+    status, commands = measure(*command, fail="scratch-adamw")
+    assert status == 1
+    runs, timed = {}, {}
+    for words in commands[:-1]:
+        if words[0] == "-":  # writes CIFAR-10 as images
+            assert words[1:] == [str(given / "CIFAR"), str(out / "cifar10-images")]
+            continue
+        script = importlib.import_module(words[1])
+        if words[1] == "train.bench":
+            config = tyro.cli(script.Config, args=words[2:])
+            timed[config.name] = config.architecture, config.width, config.size
+        else:
+            config = tyro.cli(script.Config, args=words[2:])
+            runs[config.name] = config
+        assert config.out == out
+    own = {"bench-224": ("resnet50", 64, 224)} if weights else {}
+    assert timed == {"bench": ("resnet18", 16, 128)} | own
+    names = ["scratch-adam-l2", "scratch-adamw", "cifar10-body"]
+    names += ["cifar10-body-adam-l2", "cifar10-body-adamw"]
+    names += ["adam-l2", "adamw"] if weights else []
+    assert list(runs) == names
+    for name, config in runs.items():
+        assert config.recipe == ("adamw" if "adam-l2" not in name else "adam-l2")
+        own = name in ("adam-l2", "adamw")
+        expected = ("resnet50", 64) if own else ("resnet18", 16)
+        assert (config.architecture, config.width) == expected
+        if own:  # the article's
+            assert config.weights == given / "WEIGHTS.pth"
+            assert (config.frozen_epochs, config.epochs, config.size) == (None, 40, 224)
+        elif name.startswith("cifar10-body-"):
+            assert config.weights == out / "cifar10-body" / "model-0.safetensors"
+            assert config.frozen_epochs + config.epochs == 12
+        else:
+            assert config.weights is None
+        where = out / "cifar10-images" if name == "cifar10-body" else given / "CARS"
+        assert config.data_dir == where
+    _, commands = measure(*command)  # what failed is done again
+    again = [
+        words[words.index("--name") + 1] for words in commands if "--name" in words
+    ]
+    assert again == ["scratch-adamw"]
+
+
+def test_the_commands_for_updates(measure, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSFORMER", "0.2")
+    command = TRAIN / "update.sh", tmp_path / "out"
+    status, commands = measure(*command, fail="large-full")
+    assert status == 1
+    runs = {}
+    for _, module, *args in commands[:-1]:
+        script = importlib.import_module(module)
+        config = tyro.cli(script.Config, args=args)
+        script.check(config)
+        assert config.out == tmp_path / "out" and config.overwrite
+        runs[config.name] = config
+    updates = {name: config for name, config in runs.items() if hasattr(config, "step")}
+    assert set(runs) - set(updates) == {"flatten", "accumulate"}
+    measured = {(c.leaves, c.step, c.dtype) for c in updates.values()}
+    assert measured == {
+        (leaves, "adamw", dtype)
+        for leaves in ("resnet50", "large", "transformer", "tiny")
+        for dtype in ("float32", "bfloat16")
+    } | {(leaves, "full", "float32") for leaves in ("resnet50", "large")}
+    for config in updates.values():
+        assert config.scale == (0.2 if config.leaves == "transformer" else 1)
+    _, commands = measure(*command)  # what failed is done again
+    assert [words[words.index("--name") + 1] for words in commands[:-1]] == [
+        "large-full"
+    ]
+
+
+def test_cifar10_as_a_folder_for_each_class(cifar_dir, tmp_path, monkeypatch):
+    """As the script writes it, and train.images reads it: to the last pixel."""
+    script = (TRAIN / "cars.sh").read_text()
+    code = script.split("<<'EOF'")[1].split("EOF")[0].partition("\n")[2]
+    monkeypatch.setattr("sys.argv", ["-", str(cifar_dir), str(tmp_path / "images")])
+    exec(compile(code, "cars.sh", "exec"), {})
+    pictures = images.read(tmp_path / "images")
+    train, test = data.read_cifar10(cifar_dir)
+    assert pictures.split == "the images of test/"
+    for files, expected in ((pictures.train, train), (pictures.valid, test)):
+        order = np.argsort([path.name for path in files.paths])
+        np.testing.assert_array_equal(files.labels[order], expected.y)
+        for i, at in enumerate(order):
+            x = np.asarray(images.open_image(files.paths[at]))
+            np.testing.assert_array_equal(x, expected.x[i])

@@ -1,0 +1,433 @@
+"""train.generate on tiny networks, and language_model.load, which opens their runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from train import generate, language_model
+from train.data import text
+from train.models import awd
+from train.run import checkpoint, record
+
+pytestmark = pytest.mark.usefixtures("lenient", "cache")
+
+WORDS = [f"w{i}" for i in range(20)]
+
+
+def lines(seed, count):
+    """Of words in ascending order, so that something can be learned."""
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, len(WORDS) - 5, count)
+    return "".join(f"{' '.join(WORDS[i : i + 5])} .\n" for i in starts)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run with a text of its own; to be read alone."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    for i, (name, count) in enumerate({"train": 200, "valid": 30, "test": 40}.items()):
+        (tmp_path / f"{name}.txt").write_text(lines(i, count))
+    config = language_model.Config(
+        data_dir=tmp_path, embedding=16, width=16, layers=2, epochs=20, batch_size=4,
+        bptt=10, lengths=1, learning_rate=0.05, window=50, input_dropout=0.1,
+        output_dropout=0.1, weight_dropout=0.1, out=tmp_path, name="run",
+    )  # fmt: skip
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        language_model.main(config)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """One that may be changed."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def untrained(kind="lstm", words=12, seed=5, scale=6, bias=()):
+    """A network of large weights, so that it has preferences that change."""
+    net = awd.AWD(words, 16, 16, 2, kind=kind, rngs=nnx.Rngs(seed))
+    for p in jax.tree.leaves(
+        nnx.state(net), is_leaf=lambda x: isinstance(x, nnx.Param)
+    ):
+        p[...] = scale * p[...]
+    for word, value in bias:
+        net.bias[...] = net.bias[...].at[word].set(value)
+    return net
+
+
+def draw(net, prompt, *, tokens=20, samples=1, temperature=1.0, never=(0,), **more):
+    graphdef, params = nnx.split(net)
+    banned = np.isin(np.arange(len(net.bias[...])), never)
+    return np.asarray(
+        generate.sample(
+            graphdef,
+            params,
+            np.array(prompt, np.int32),
+            jax.random.key(more.pop("seed", 0)),
+            np.float32(temperature),
+            banned,
+            tokens=tokens,
+            samples=samples,
+            **more,
+        )
+    )
+
+
+@jax.jit
+def _logits(net, tokens, length):
+    out = net(tokens[:, None], net.initial_state(1))
+    return net.logits(out.raw)[length - 1, 0]
+
+
+def logits_after(net, tokens):
+    """Of the word after these, float64; the network reads them all again."""
+    padded = np.pad(np.array(tokens, np.int32), (0, 30 - len(tokens)))
+    return np.asarray(_logits(net, padded, len(tokens)), np.float64)
+
+
+def softmax(logits, temperature, allowed):
+    p = np.where(allowed, np.exp((logits - logits.max()) / temperature), 0)
+    return p / p.sum()
+
+
+# ---------------------------------------------------------------------------
+# sampling
+# ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lstm", "qrnn"])
+def test_greedy_is_a_loop_over_the_likeliest_words(kind):
+    net, prompt = untrained(kind), [3, 1, 4, 1, 5]
+    expected = list(prompt)
+    for _ in range(20):
+        expected.append(int(logits_after(net, expected)[1:].argmax()) + 1)  # not <pad>
+    drawn = draw(net, prompt, temperature=0)
+    np.testing.assert_array_equal(drawn, [expected[5:]])
+    assert len({*expected[5:]}) > 2
+    # so do the best alone, and a temperature next to 0
+    for more in ({"top_k": 1}, {"temperature": 1e-30}, {"temperature": 1e-44}):
+        np.testing.assert_array_equal(draw(net, prompt, **more), drawn)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, None), (0.7, 4)]
+)
+def test_frequencies_are_those_of_the_softmax(temperature, top_k):
+    """Of pairs of words, so that the state of a sample is its own."""
+    net, prompt, n = untrained(seed=2, scale=10), [2, 7], 100_000
+    never = (0, 3)
+    drawn = draw(
+        net, prompt, tokens=2, samples=n, temperature=temperature, never=never,
+        top_k=top_k,
+    )  # fmt: skip
+
+    def chances(tokens):
+        logits = logits_after(net, tokens)
+        allowed = ~np.isin(np.arange(12), never)
+        if top_k:
+            allowed &= logits >= np.sort(logits[allowed])[-top_k]
+        return softmax(logits, temperature, allowed)
+
+    first = chances(prompt)
+    joint = np.stack([first[i] * chances([*prompt, i]) for i in range(12)])
+    counts = np.zeros((12, 12))
+    np.add.at(counts, tuple(drawn.T), 1)
+    assert counts[joint == 0].sum() == 0
+    often = n * joint > 5
+    expected = n * joint[often]
+    chi2, freedom = ((counts[often] - expected) ** 2 / expected).sum(), often.sum() - 1
+    assert freedom > 8
+    assert chi2 < freedom + 4 * np.sqrt(2 * freedom)
+    rest = n * joint[~often].sum()
+    assert abs(counts[~often].sum() - rest) < 5 + 4 * np.sqrt(rest)
+
+
+def test_what_is_not_to_be_drawn_is_not():
+    net = untrained(bias=[(0, 50.0), (1, 50.0)])  # all but certain
+    for more in ({}, {"temperature": 0}, {"top_k": 3}):
+        drawn = draw(net, [2], tokens=200, never=(0, 1), **more)
+        assert not np.isin(drawn, (0, 1)).any()
+        assert (draw(net, [2], tokens=200, never=(0,), **more) == 1).any()
+
+
+def test_at_a_high_temperature_all_are_drawn_alike():
+    drawn = draw(untrained(), [2], tokens=100, samples=110, temperature=1e30)
+    counts = np.bincount(drawn.ravel(), minlength=12)[1:]
+    np.testing.assert_allclose(counts, 1000, atol=150)
+
+
+def test_a_seed_makes_the_text_and_samples_differ():
+    net = untrained()
+    one, again, other = (draw(net, [2], samples=4, seed=s) for s in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    assert len({tuple(row) for row in one}) == 4
+    top = draw(net, [2], samples=4, top_k=100)  # more than there are
+    np.testing.assert_array_equal(top, one)
+
+
+# ---------------------------------------------------------------------------
+# the command
+# ---------------------------------------------------------------------------
+
+
+def test_the_texts(run, capsys):
+    config = generate.Config(run, prompt="w3 xyz w4", tokens=100, samples=3, top_k=None)
+    texts = generate.main(config)
+    printed = capsys.readouterr().out
+    assert len(texts) == 3 and len({*texts}) == 3
+    for each in texts:
+        assert each.startswith("w3 xyz w4")  # as it was asked, though it was <unk>
+        words = each.replace(".", " .").replace("\n", " \n ").split(" ")
+        assert {*words} <= {*WORDS, ".", "\n", "", "xyz"}
+        assert len([w for w in words if w]) == 103
+    head, *_ = printed.splitlines()
+    assert head == f"{run}, seed 0, step {language_model.load(run).step:,}"
+    assert "read as <unk>: xyz\n" in printed
+    assert " 2 of 3 -" in printed
+    assert max(map(len, printed.splitlines()[1:])) <= 88
+    for each in texts:
+        assert "".join(each.split()) in "".join(printed.split())
+    assert generate.main(config) == texts
+
+
+def test_what_was_learned(run):
+    """A line begins after <eos>; the likeliest words are in their order."""
+    (drawn,) = generate.main(generate.Config(run, tokens=60, temperature=0))
+    (more,) = generate.main(
+        generate.Config(run, prompt="w1 w2 w3 w4 w5 .\nw7 w8", tokens=40, temperature=0)
+    )
+    assert more.startswith("w1 w2 w3 w4 w5.\nw7 w8 w9 w10 ")
+    for line in [*drawn.splitlines()[:-1], *more.splitlines()[:-1]]:
+        numbers = [int(word[1:]) for word in line.removesuffix(".").split()]
+        assert len(numbers) > 3
+        assert numbers == [*range(numbers[0], numbers[0] + len(numbers))]
+
+
+def test_unknown_words_on_request(copy):
+    """<unk> made all but certain."""
+    trained = language_model.load(copy)
+    params = trained.params
+    unknown = trained.vocabulary.index(text.UNKNOWN)
+    params["bias"][...] = params["bias"][...].at[unknown].set(50.0)
+    pad = trained.vocabulary.index(text.PAD)
+    params["bias"][...] = params["bias"][...].at[pad].set(60.0)
+    save(copy, step=trained.step + 1, params=params)
+    for allow in (False, True):
+        config = generate.Config(copy, tokens=30, allow_unknown=allow)
+        (drawn,) = generate.main(config)
+        assert (drawn.split() == ["<unk>"] * 30) == allow
+        assert ("<unk>" in drawn) == allow
+        assert "<pad>" not in drawn
+
+
+def test_prompts_are_cut_as_the_text_was(run):
+    trained = language_model.load(run)
+    prompt = "The tower's Height,\nis 12"
+    files = ["The", "tower's", "Height,", "<eos>", "is", "12"]
+    assert generate.words_of(prompt, trained) == files
+    settings = language_model.dataclasses.replace(trained.config, data_dir=None)
+    embedded = trained._replace(config=settings)
+    own = ["the", "tower's", "height", ",", "is", "12"]
+    assert generate.words_of(prompt, embedded) == own
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"samples": 0},
+        {"samples": 2, "temperature": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_what_is_refused(run, change):
+    option, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=rf"^{option} must be .* got {value}$"):
+        generate.main(generate.Config(run, **change))
+
+
+def test_the_command_line(run, cache):
+    args = ["--prompt", "w3 w4", "--tokens", "4", "--top-k", "None", "--temperature=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "train.generate", str(run), *args],
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config = generate.Config(run, prompt="w3 w4", tokens=4, top_k=None, temperature=0.0)
+    (expected,) = generate.main(config)
+    assert done.stdout.splitlines()[-1] == expected.splitlines()[-1]
+    assert expected.startswith("w3 w4 w5 w6")
+
+
+# ---------------------------------------------------------------------------
+# opening a run
+# ---------------------------------------------------------------------------
+
+
+def save(folder, step, params, average=None, averaged=-1, seed=0):
+    """A checkpoint as training writes it, but for what is not read."""
+    state = language_model.State(
+        jnp.int32(step), params, (jnp.zeros(3),), (jnp.zeros((4, 16)),), jnp.zeros(3),
+        average, jnp.int32(averaged),
+    )  # fmt: skip
+    with checkpoint.open_folder(folder / "checkpoints" / str(seed)) as checkpoints:
+        checkpoint.save(checkpoints, step, state)
+        checkpoints.wait()
+
+
+def change(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_load(run):
+    trained = language_model.load(run)
+    vocabulary = text.wikitext2(run.parent).vocabulary
+    assert trained.vocabulary == vocabulary
+    settings = json.loads((run / "config.json").read_text())
+    for key, value in vars(trained.config).items():
+        assert json.loads(json.dumps(value, default=str)) == settings[key]
+    language_model.check(trained.config)
+    assert trained.config.data_dir == run.parent
+    (end,) = record.lines_of(run, "end", 0)
+    assert (trained.seed, trained.step, trained.ended) == (0, end["step"], True)
+    with checkpoint.open_folder(run / "checkpoints" / "0") as checkpoints:
+        columns = text.columns(text.wikitext2(run.parent).train, 4)
+        programs = language_model.build(trained.config, len(vocabulary), len(columns))
+        like = language_model.compiled(
+            programs, columns, language_model.chunks_of(trained.config, 300, 0, 0)[0]
+        ).state
+        state = checkpoint.restore(checkpoints, like)
+    same(trained.params, state.params)
+    # the same net as was judged
+    net = nnx.merge(trained.graphdef, trained.params)
+    assert net.embedding.shape == (len(vocabulary), 16)
+    assert len(jax.tree.leaves(trained.params)[0].sharding.device_set) == 1
+
+
+def test_load_takes_the_average_once_it_has_begun(copy):
+    trained = language_model.load(copy)
+    change(copy, average_after=5)
+    twice = jax.tree.map(lambda p: 2 * p, trained.params)
+    for averaged, expected in ((-1, trained.params), (0, trained.params), (3, twice)):
+        step = trained.step + 2 + averaged
+        save(copy, step, trained.params, twice, averaged)
+        loaded = language_model.load(copy)
+        assert loaded.step == step
+        same(loaded.params, expected)
+
+
+def test_load_changes_nothing_and_minds_no_other_process(copy):
+    """What a process that trains has not finished to write stays there."""
+    steps = copy / "checkpoints" / "0"
+    (last,) = steps.iterdir()
+    half = steps / f"{int(last.name) + 1}.orbax-checkpoint-tmp"
+    shutil.copytree(last, half)
+    (copy / "checkpoints" / "1").mkdir()
+    (copy / "checkpoints" / "notes.txt").touch()
+
+    def everything():
+        return {
+            path: (path.stat().st_mtime_ns, path.stat().st_size)
+            for path in (copy, *copy.rglob("*"))
+        }
+
+    before = everything()
+    with record.alone(copy):
+        assert language_model.load(copy).step == int(last.name)
+    with pytest.raises(ValueError, match="no checkpoint of seed 1 yet, but of 0$"):
+        language_model.load(copy, 1)
+    assert everything() == before
+
+
+def test_load_of_a_run_that_goes_on(copy, capsys):
+    log = copy / "metrics.jsonl"
+    record.rewrite_lines(
+        log, [x for x in record.read_lines(log) if x["event"] != "end"]
+    )
+    trained = language_model.load(copy)
+    assert not trained.ended
+    generate.main(generate.Config(copy, tokens=3))
+    step = f"step {trained.step:,} of an unfinished run\n"
+    assert step in capsys.readouterr().out
+    # its last checkpoint is removed while it is read
+    load, newer = ocp.load, trained.step + 5
+
+    def too_late(path, like):
+        if path.name == str(trained.step):
+            params = jax.tree.map(lambda p: p + 1, trained.params)
+            for step in (trained.step + 2, newer):
+                save(copy, step, params)
+            assert not path.exists()
+        return load(path, like)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.ocp, "load", too_late)
+        loaded = language_model.load(copy)
+    assert loaded.step == newer
+    same(loaded.params, jax.tree.map(lambda p: p + 1, trained.params))
+
+
+def test_load_of_several_seeds(copy):
+    trained = language_model.load(copy)
+    save(copy, 9, jax.tree.map(lambda p: p + 1, trained.params), seed=12)
+    assert language_model.load(copy).seed == 0
+    other = language_model.load(copy, 12)
+    assert (other.seed, other.step, other.ended) == (12, 9, False)
+    with pytest.raises(ValueError, match=r"of seed 1 yet, but of 0, 12$"):
+        language_model.load(copy, 1)
+    shutil.rmtree(copy / "checkpoints" / "0")
+    assert language_model.load(copy).seed == 12
+
+
+def test_load_refuses_what_is_no_run(copy, tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        language_model.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        language_model.load(tmp_path)
+    vocabulary = copy / "vocabulary.json"
+    words = json.loads(vocabulary.read_text())["words"]
+    record.write_json(vocabulary, {"words": words[::-1]})
+    with pytest.raises(ValueError, match="is not the vocabulary of this run"):
+        language_model.load(copy)
+    record.write_json(vocabulary, {"words": words})
+    change(copy, script="cifar10")
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        language_model.load(copy)
+    change(copy, script="language_model", width=24)
+    with pytest.raises(
+        ValueError, match=r"does not fit the settings of its run.*changed"
+    ):
+        language_model.load(copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(ValueError, match="of seed 0 yet, nor any other$"):
+        language_model.load(copy)
+
+
+def test_the_folder_may_be_relative(run, monkeypatch):
+    """As on the command line: runs/NAME."""
+    absolute = language_model.load(run)
+    monkeypatch.chdir(run.parent)
+    relative = language_model.load(Path(run.name))
+    same(relative.params, absolute.params)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything about the cost of an update that is measured, for the tables in the README.
+#
+#     train/measure/update.sh results/update/gpu
+#     TRANSFORMER=0.15 train/measure/update.sh results/update/cpu    # in 24 GB of memory
+#
+# Let nothing else run meanwhile. Stop it whenever you like, or let `timeout 570` do so:
+# the same command goes on, a part that is finished is not repeated. Logs are beside the
+# results. PYTHON=... chooses the interpreter.
+set -uo pipefail
+mkdir -p "${1:?the folder for the results}"
+out=$(realpath "$1")
+cd "$(dirname "$0")/../.."
+. train/measure/part.sh
+
+update() { # update NAME [OPTIONS]
+  part "$1" bench_update --out "$out" --name "$1" --overwrite "${@:2}"
+}
+
+for step in adamw full; do
+  update "resnet50-$step" --leaves resnet50 --step "$step"
+  update "large-$step" --leaves large --step "$step" --calls 2
+done
+for leaves in resnet50 large; do
+  update "$leaves-bfloat16" --leaves "$leaves" --dtype bfloat16 --calls 2
+done
+for dtype in float32 bfloat16; do
+  update "transformer-$dtype" --leaves transformer --scale "${TRANSFORMER:-1}" \
+    --dtype "$dtype" --calls 2 --turns 5
+done
+update tiny --leaves tiny
+update tiny-bfloat16 --leaves tiny --dtype bfloat16
+part flatten bench_flatten --out "$out" --name flatten --overwrite
+part accumulate bench_accumulate --out "$out" --name accumulate --overwrite
+exit $failed

@@ -1,0 +1,51 @@
+"""The two small networks of `train.compare`, in Flax NNX."""
+
+import itertools
+
+import jax.numpy as jnp
+from flax import nnx
+
+from train.models.conv import conv, max_pool
+
+
+class MLP(nnx.Module):
+    """pixels -> hidden -> classes."""
+
+    def __init__(self, width: int, pixels=64, classes=10, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(pixels, width, rngs=rngs)
+        self.head = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.hidden(x)))
+
+
+class CNN(nnx.Module):
+    """Three blocks of conv, pool, batch norm and ReLU, then the mean over the image.
+
+    The first convolution has stride 2 and no pool: most of a CPU's time would go into
+    activations of the full size.
+    """
+
+    def __init__(self, width: int, classes=10, *, rngs: nnx.Rngs):
+        widths = (3, width, 2 * width, 4 * width)
+        self.convs = nnx.List(
+            nnx.Conv(
+                *(inputs, outputs, (3, 3)),
+                strides=2 if inputs == 3 else 1,
+                use_bias=False,
+                conv_general_dilated=conv,
+                rngs=rngs,
+            )
+            for inputs, outputs in itertools.pairwise(widths)
+        )
+        self.norms = nnx.List(
+            nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs) for outputs in widths[1:]
+        )
+        self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
+
+    def __call__(self, x):
+        for i, (conv3, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = conv3(x)
+            x = max_pool(x) if i else x
+            x = nnx.relu(norm(x))
+        return self.head(jnp.mean(x, axis=(1, 2)))
