@@ -1,9 +1,9 @@
 """The runs in a folder as one table, beside the article's numbers.
 
-python -m train.tabulate results/cifar10/cpu             # of train.cifar10
-python -m train.tabulate results/language_model/cpu      # of train.language_model
-python -m train.tabulate results/cars/cpu                # of train.cars
-python -m train.tabulate results/update/cpu              # of train.bench_update
+python -m train.tabulate docs/results/cifar10/cpu             # of train.cifar10
+python -m train.tabulate docs/results/language_model/cpu      # of train.language_model
+python -m train.tabulate docs/results/cars/cpu                # of train.cars
+python -m train.tabulate docs/results/update/cpu              # of train.bench_update
 """
 
 import json

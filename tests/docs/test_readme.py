@@ -19,7 +19,7 @@ def test_tables_are_those_of_the_results():
     """No number in the README was typed by hand."""
     text = README.read_text("utf-8")
     for name in ("compare-digits", "compare-cifar10"):
-        results = (README.parent / "results" / name / "results.md").read_text("utf-8")
+        results = (README.parent / "docs" / "results" / name / "results.md").read_text("utf-8")
         table = re.findall(r"^\|.*\n", results, re.MULTILINE)
         assert len(table) == 7 and "".join(table) in text
         finding = re.findall(r"\*\*(.*)\*\*", results)[-1]
@@ -28,7 +28,7 @@ def test_tables_are_those_of_the_results():
 
 def test_the_tables_of_cifar10():
     text = README.read_text("utf-8")
-    results = README.parent / "results" / "cifar10"
+    results = README.parent / "docs" / "results" / "cifar10"
     assert tabulate.table(results / "cpu") in text
     assert (results / "bench-cpu" / "bench.md").read_text("utf-8").strip() in text
     found = json.loads((results / "lr-find-cpu" / "lr_find.json").read_text("utf-8"))
@@ -37,7 +37,7 @@ def test_the_tables_of_cifar10():
 
 def test_the_tables_of_language_models():
     text = README.read_text("utf-8")
-    results = README.parent / "results"
+    results = README.parent / "docs" / "results"
     assert tabulate.table(results / "language_model" / "cpu") in text
     for name in ("article", "lstm", "qrnn"):
         folder = results / "language_model" / f"bench-{name}-cpu"
@@ -53,7 +53,7 @@ def test_the_tables_of_language_models():
 
 def test_the_tables_of_cars():
     text = README.read_text("utf-8")
-    results = README.parent / "results" / "cars" / "cpu"
+    results = README.parent / "docs" / "results" / "cars" / "cpu"
     assert tabulate.table(results) in text
     (body,) = record.lines_of(results / "cifar10-body", "end", 0)
     accuracy = f"test accuracy {body['plain_accuracy']:.2f} %"
@@ -63,7 +63,7 @@ def test_the_tables_of_cars():
 
 def test_the_tables_of_updates():
     text = README.read_text("utf-8")
-    folder = README.parent / "results" / "update" / "cpu"
+    folder = README.parent / "docs" / "results" / "update" / "cpu"
     assert tabulate.table(folder) in text
     for name in ("tiny", "flatten", "accumulate"):
         assert (folder / name / "bench.md").read_text("utf-8").strip() in text
@@ -71,13 +71,13 @@ def test_the_tables_of_updates():
 
 def test_the_table_of_moments_in_eight_bits():
     text = README.read_text("utf-8")
-    path = README.parent / "results" / "low-memory" / "results.md"
+    path = README.parent / "docs" / "results" / "low-memory" / "results.md"
     assert path.read_text("utf-8").strip() in text
 
 
 def test_the_table_of_the_run_that_changes_the_library():
     text = README.read_text("utf-8")
-    folder = README.parent / "results" / "continue-from-torch"
+    folder = README.parent / "docs" / "results" / "continue-from-torch"
     assert (folder / "results.md").read_text("utf-8").strip() in text
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything about Stanford Cars that is measured, for the table in the README.
 #
-#     train/measure/cars.sh results/cars/gpu CARS_DIR CIFAR10_DIR [WEIGHTS]
+#     train/measure/cars.sh docs/results/cars/gpu CARS_DIR CIFAR10_DIR [WEIGHTS]
 #     NETWORK="--architecture resnet18 --width 16" SIZE=64 EPOCHS=12 SEEDS=2 STEPS=8 \
-#         train/measure/cars.sh results/cars/cpu CARS_DIR CIFAR10_DIR    # on a CPU
+#         train/measure/cars.sh docs/results/cars/cpu CARS_DIR CIFAR10_DIR    # on a CPU
 #
 # From scratch, and with a body that is trained on CIFAR-10 before; with WEIGHTS, a file
 # of ImageNet's, the article's own run as well. Stop it whenever you like, or let

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about CIFAR-10 that is measured on a GPU, for the table in the README.
 #
-#     train/measure/cifar10.sh DATA_DIR results/cifar10/gpu
+#     train/measure/cifar10.sh DATA_DIR docs/results/cifar10/gpu
 #
 # Stop it whenever you like, or let `timeout 570` do so: the same command goes on where
 # it was, since every part of it does. A part that is finished is not repeated. Logs are

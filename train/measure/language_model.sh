@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything about language models that is measured, for the tables in the README.
 #
-#     train/measure/language_model.sh results/language_model/cpu             # a CPU
-#     train/measure/language_model.sh results/wikitext2/gpu DATA_DIR         # a GPU
+#     train/measure/language_model.sh docs/results/language_model/cpu             # a CPU
+#     train/measure/language_model.sh docs/results/wikitext2/gpu DATA_DIR         # a GPU
 #
 # Without DATA_DIR: the text that comes with Python, small networks, three seeds. With
 # it: WikiText-2 by the article's recipes, 90 epochs. Stop it whenever you like, or let

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything about the cost of an update that is measured, for the tables in the README.
 #
-#     train/measure/update.sh results/update/gpu
-#     TRANSFORMER=0.15 train/measure/update.sh results/update/cpu    # in 24 GB of memory
+#     train/measure/update.sh docs/results/update/gpu
+#     TRANSFORMER=0.15 train/measure/update.sh docs/results/update/cpu    # in 24 GB of memory
 #
 # Let nothing else run meanwhile. Stop it whenever you like, or let `timeout 570` do so:
 # the same command goes on, a part that is finished is not repeated. Logs are beside the
