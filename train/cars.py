@@ -48,7 +48,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adamw_jax import (
     Phases,
     apply_updates,
-    freeze,
+    freeze_leaves,
     labels_by_path,
     mask_by_path,
     one_cycle,
@@ -287,7 +287,7 @@ def stages_of(config: Any, steps: int) -> list[Stage]:
                 cycle = rate_alone(cycle, steps)
             tx = optimizer_of(config, cycle)
             if frozen:
-                tx = freeze(tx, mask_by_path(BODY))
+                tx = freeze_leaves(tx, mask_by_path(BODY))
             else:
                 tx = optax.chain(tx, groups)
             last = first + epochs * steps

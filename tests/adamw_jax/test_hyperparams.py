@@ -183,7 +183,7 @@ def test_map_params_of_optax(lenient):
     for tx in (
         aj.adamw(1e-2, mask={"w": True, "b": False}, mu_dtype=jnp.bfloat16),
         aj.adamw(1e-2, mask=aj.mask_by_path("w")),
-        aj.freeze(aj.adamw(1e-2), aj.mask_by_path("w")),
+        aj.freeze_leaves(aj.adamw(1e-2), aj.mask_by_path("w")),
         optax.chain(
             aj.amsgrad(1e-2), aj.scale_by_group({"a": 1.0}, {"w": "a", "b": "a"})
         ),

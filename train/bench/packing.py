@@ -82,7 +82,7 @@ def training(
     """Writes into `costs` what it takes to compile, in seconds."""
     params: Any = initial(layers)
     if way == "flatten":
-        params = aj.flatten(params)
+        params = aj.pack(params)
     adamw = aj.adamw(1e-3, weight_decay=0.1)
     tx = optax.flatten(adamw) if way == "optax.flatten" else adamw
     state, x = tx.init(params), jnp.ones(WIDTH)

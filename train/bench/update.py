@@ -171,7 +171,7 @@ def as_they_are(tree):
 
 
 def packed(tree):
-    return aj.flatten(tree, kernels)
+    return aj.pack(tree, kernels)
 
 
 def in_jax(

@@ -15,10 +15,10 @@ import pytest
 from reference import adam_loop
 
 import adamw_jax as aj
-from adamw_jax.fused import kernel as _one_pass
+from adamw_jax.fused import build, kernel
 
 needs_kernel = pytest.mark.skipif(
-    not _one_pass.is_available(), reason=f"no kernel: {_one_pass.why_not()}"
+    build.why_no_kernel() is not None, reason=f"no kernel: {build.why_no_kernel()}"
 )
 SIZES = (0, 1, 63, 64, 100_003, 1_000_003)  # the last two: several chunks and threads
 ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-7}  # from 1 to the next number
@@ -86,8 +86,8 @@ def test_one_leaf(size, p_dtype, g_dtype):
     m, v = moments(size, 2)
     for decays in (True, False):
         s = scalars(weight_decay=0.1 * decays, factor=0.7)
-        got = jax.jit(_one_pass.one_pass, static_argnums=5)(p, m, v, g, s, decays)
-        xla = jax.jit(_one_pass.plain, static_argnums=0)(decays, p, m, v, g, s)
+        got = jax.jit(kernel.one_pass, static_argnums=5)(p, m, v, g, s, decays)
+        xla = jax.jit(kernel.reference, static_argnums=0)(decays, p, m, v, g, s)
         p64, m64, v64, g64, s64 = (np.asarray(x, np.float64) for x in (p, m, v, g, s))
         d1, r1, c1, d2, r2, c2, eps, eps_root, rate, decay, factor = s64
         g64 = factor * g64
@@ -108,9 +108,9 @@ def test_one_leaf(size, p_dtype, g_dtype):
 @needs_kernel
 def test_a_leaf_without_axes():
     p, g, (m, v) = draws((), 0), draws((), 1), moments((), 2)
-    got = _one_pass.one_pass(p, m, v, g, scalars(), True)
+    got = kernel.one_pass(p, m, v, g, scalars(), True)
     assert [x.shape for x in got] == [()] * 3
-    assert_close(got, _one_pass.plain(True, p, m, v, g, scalars()))
+    assert_close(got, kernel.reference(True, p, m, v, g, scalars()))
 
 
 @needs_kernel
@@ -128,8 +128,8 @@ def test_nan_infinity_and_very_small_numbers(size, dtype):
         m = m.at[where].set(0.0)
     p = p.at[10].set(jnp.inf).at[11].set(jnp.nan).at[12].set(3.38e38)
     s = scalars(weight_decay=0.0)
-    got = jax.jit(_one_pass.one_pass, static_argnums=5)(p, m, v, g, s, False)
-    xla = jax.jit(_one_pass.plain, static_argnums=0)(False, p, m, v, g, s)
+    got = jax.jit(kernel.one_pass, static_argnums=5)(p, m, v, g, s, False)
+    xla = jax.jit(kernel.reference, static_argnums=0)(False, p, m, v, g, s)
     for x, theirs in zip(got, xla, strict=True):
         for test in (np.isnan, np.isposinf, np.isneginf):
             x64, theirs64 = (np.asarray(z, np.float64) for z in (x, theirs))
@@ -146,7 +146,7 @@ def test_bfloat16_is_rounded_to_nearest_even():
     # m = g, v = 1 and no decay: p - learning_rate * g
     s = jnp.array([0, 1, 1, 1, 0, 1, 0, 0, 2.0**-8, 0, 1], "float32")
     g, m, v = -jnp.sign(p).astype("float32"), jnp.zeros(5), jnp.ones(5)
-    got, *_ = _one_pass.one_pass(p, m, v, g, s, False)
+    got, *_ = kernel.one_pass(p, m, v, g, s, False)
     np.testing.assert_array_equal(
         np.asarray(got, np.float64), [1.0, 1.015625, 1.015625, -1.0, -1.015625]
     )
@@ -198,7 +198,7 @@ OPTIMIZERS = {
         0.01, mu_dtype="bfloat16", stochastic_rounding=False
     ),  # one leaf of many dtypes: XLA
     "accumulated": lambda: aj.accumulate_gradients(aj.adamw(CYCLE), 3),
-    "frozen": lambda: aj.freeze(aj.adamw(0.01), aj.mask_by_path("^bias")),
+    "frozen": lambda: aj.freeze_leaves(aj.adamw(0.01), aj.mask_by_path("^bias")),
 }
 
 
@@ -211,7 +211,7 @@ def test_a_training(name, lenient):
     assert_close(got, trajectory("two calls", tx, PARAMS, GRADS), ulps=50)
     moved = np.abs(got[0]["kernel"] - PARAMS["kernel"]).max()
     assert moved > 0.05
-    if _one_pass.is_available():
+    if build.why_no_kernel() is None:
         step = program("at once", tx)
         kernel = calls_kernel(step, PARAMS, tx.init(PARAMS), GRADS[0])
         assert kernel == (name != "narrow")
@@ -359,7 +359,7 @@ def test_any_transformation(wrap, lenient):
 
 
 def test_frozen_leaves_do_not_change_by_one_bit():
-    tx = aj.freeze(aj.adamw(0.05), aj.mask_by_path("^bias"))
+    tx = aj.freeze_leaves(aj.adamw(0.05), aj.mask_by_path("^bias"))
     p, _ = trajectory("at once", tx, PARAMS, GRADS[:3])
     np.testing.assert_array_equal(p["bias"], PARAMS["bias"])
     assert (p["kernel"] != PARAMS["kernel"]).any()
@@ -602,13 +602,13 @@ def test_leaves_that_do_not_match():
 
 CODE = """
 import warnings, jax.numpy as jnp, adamw_jax as aj
-from adamw_jax.fused import kernel as _one_pass
+from adamw_jax.fused import build, kernel
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     tx, p = aj.adamw(0.1), jnp.ones(3)
     for _ in range(2):
         p, state = aj.update_and_apply(tx, p, tx.init(p), p)
-print([str(w.message)[:40] for w in caught], p[0], _one_pass.why_not(), sep="|")
+print([str(w.message)[:40] for w in caught], p[0], build.why_no_kernel(), sep="|")
 """
 
 
@@ -704,9 +704,9 @@ CLIP = aj.clip_by_global_norm(0.5)
 CLIPPED = {
     "adamw": lambda: optax.chain(CLIP, aj.adamw(CYCLE)),
     "frozen": lambda: optax.chain(
-        CLIP, aj.freeze(aj.adamw(CYCLE), aj.mask_by_path("bias"))
+        CLIP, aj.freeze_leaves(aj.adamw(CYCLE), aj.mask_by_path("bias"))
     ),
-    "inside freeze": lambda: aj.freeze(
+    "inside freeze": lambda: aj.freeze_leaves(
         optax.chain(CLIP, aj.adamw(CYCLE)), aj.mask_by_path("bias")
     ),
     "accumulated": lambda: optax.chain(

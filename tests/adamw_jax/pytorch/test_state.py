@@ -940,7 +940,7 @@ REFUSED = {
     ),
     "leaf w: PyTorch has exp_avg of w, for which": lambda: from_torch(
         one(["w", "v"]),
-        aj.freeze(aj.adamw(1.0), {"w": True, "v": False}),
+        aj.freeze_leaves(aj.adamw(1.0), {"w": True, "v": False}),
         {"w": jnp.zeros(2), "v": jnp.zeros(2)},
         names=["w", "v"],
     ),

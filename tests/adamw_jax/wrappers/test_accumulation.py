@@ -515,9 +515,9 @@ def test_none_gradients(step):
 def test_with_freeze(outside):
     mask, inner = aj.mask_by_path("^b/"), aj.adamw(0.1)
     tx = (
-        aj.freeze(aj.accumulate_gradients(inner, 2), mask)
+        aj.freeze_leaves(aj.accumulate_gradients(inner, 2), mask)
         if outside
-        else aj.accumulate_gradients(aj.freeze(inner, mask), 2)
+        else aj.accumulate_gradients(aj.freeze_leaves(inner, mask), 2)
     )
     rows, state = run(tx, [P, P])
     assert_same(rows[1]["b"], P["b"])

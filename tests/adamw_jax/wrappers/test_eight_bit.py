@@ -436,7 +436,7 @@ INNER = {
     "amsgrad": lambda: aj.amsgrad(1e-2),
     "sgd": lambda: aj.sgd(1e-2, 0.9),
     "masked": lambda: aj.adamw(1e-2, mask=aj.mask_by_path("w")),
-    "frozen": lambda: aj.freeze(aj.adamw(1e-2), aj.mask_by_path("b")),
+    "frozen": lambda: aj.freeze_leaves(aj.adamw(1e-2), aj.mask_by_path("b")),
     "partition": lambda: optax.partition(
         {"a": aj.adam(1e-2), "b": aj.sgd(1e-2)}, {"w": "a", "b": "b"}
     ),
