@@ -145,14 +145,19 @@ def with_hyperparams(
         )
         return params, after(inner_state)
 
-    can = {"step": step} if hasattr(example, "step") else {}
+    def factor(grads, state):
+        inner, after = before(state)
+        scale, inner_state = inner.factor(grads, state.inner_state)
+        return scale, after(inner_state)
+
+    can = {"step": step, "factor": factor}
     return Transformation(
         init,
         update,
         factory=factory,
         hyperparams=schedules,
         describe_step=functools.partial(describe_step, example),
-        **can,
+        **{name: can[name] for name in can if hasattr(example, name)},
     )
 
 

@@ -87,7 +87,9 @@ OPTIMIZERS = {
         [not_bias, labels],
     ),
     "frozen": (
-        lambda: aj.freeze_leaves(aj.adamw(0.1, mask=not_bias), aj.mask_by_path("^dense")),
+        lambda: aj.freeze_leaves(
+            aj.adamw(0.1, mask=not_bias), aj.mask_by_path("^dense")
+        ),
         [not_bias, aj.mask_by_path("^dense")],
     ),
     "accumulated": (lambda: aj.accumulate_gradients(aj.adamw(0.1), 2), []),
