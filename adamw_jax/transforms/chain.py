@@ -1,6 +1,6 @@
 """One transformation behind the other."""
 
-from typing import Any
+import functools
 
 import optax
 
@@ -24,6 +24,10 @@ def chain(*transforms: optax.GradientTransformation) -> Transformation:
         A transformation; additional arguments of `update` reach every link. It has a
         `step` if its last link has.
 
+    Raises:
+        ValueError: there are no transformations; `step` was given the state of a chain
+            with another number of links.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from adamw_jax import adamw, clip_by_global_norm, update_and_apply
@@ -33,11 +37,12 @@ def chain(*transforms: optax.GradientTransformation) -> Transformation:
         >>> print(params)
         [-0.1  0.1]
     """
+    if not transforms:
+        raise ValueError("chain needs at least one transformation, got none")
     init, update = optax.chain(*transforms)
-    if not transforms or not hasattr(transforms[-1], "step"):
-        return Transformation(
-            init, update, links=transforms, describe_step=_describe_without(transforms)
-        )
+    describe = functools.partial(describe_step, transforms[-1])
+    if not hasattr(transforms[-1], "step"):
+        return Transformation(init, update, links=transforms, describe_step=describe)
     *front, last = map(optax.with_extra_args_support, transforms)
 
     def step(grads, state, params, *, factor=None, **extra_args):
@@ -60,18 +65,5 @@ def chain(*transforms: optax.GradientTransformation) -> Transformation:
         return params, (*new, last_state)
 
     return Transformation(
-        init,
-        update,
-        step=step,
-        links=transforms,
-        describe_step=lambda params: describe_step(transforms[-1], params),
+        init, update, step=step, links=transforms, describe_step=describe
     )
-
-
-def _describe_without(transforms: tuple) -> Any:
-    def describe(params):
-        if not transforms:
-            return "update, then apply_updates: the chain is empty"
-        return describe_step(transforms[-1], params)
-
-    return describe
