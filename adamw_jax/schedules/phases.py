@@ -268,6 +268,7 @@ class Phases:
 
         Example:
             >>> import jax, jax.numpy as jnp
+            >>> from adamw_jax import one_cycle
             >>> lr = one_cycle(3e-3, steps=100).schedule("learning_rate")
             >>> print(f"{jax.jit(lr)(jnp.int32(46)):.6f}")
             0.002985

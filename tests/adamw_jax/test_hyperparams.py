@@ -48,8 +48,11 @@ def test_all_four_from_one_counter():
     )
     tx = aj.adamw(phases)
     state = tx.init(P)
+    one_later = tx.update(G, state, P)[1]
     counters = [
-        x for x in jax.tree.leaves(state) if x.dtype == jnp.int32 and x.shape == ()
+        x
+        for x, y in zip(*map(jax.tree.leaves, (state, one_later)), strict=True)
+        if x.dtype == jnp.int32 and int(y) == int(x) + 1
     ]
     assert len(counters) == 2  # the phases' step, and Adam's count of its updates
     for k in range(8):

@@ -808,7 +808,7 @@ def test_readings():
     expected = {"b1": 0.7, "b2": 0.8, "learning_rate": 0.5, "weight_decay": 0.25}
     assert read == pytest.approx(expected, rel=1e-6)
     _, state = tx.update(params, state, params)
-    assert not state.held.any()
+    assert not any(state.overridden)
     now = aj.one_cycle(1e-2, steps=10).at(6)
     assert float(aj.current_hyperparams(state)["learning_rate"]) == pytest.approx(
         now["learning_rate"], rel=1e-6
