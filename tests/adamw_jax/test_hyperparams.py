@@ -1,10 +1,13 @@
 """Hyperparameters in the state: read, driven by one counter, overridden."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import matrix
 
 import adamw_jax as aj
 
@@ -65,8 +68,23 @@ def test_readable_by_optax_too():
     assert optax.tree.get(state, "count") == 0
 
 
-@pytest.mark.parametrize("driver", ["constant", "schedule", "phases"])
-@pytest.mark.parametrize("name", ["learning_rate", "b1", "b2", "weight_decay"])
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    matrix(
+        list(
+            itertools.product(
+                ("learning_rate", "b1", "b2", "weight_decay"),
+                ("constant", "schedule", "phases"),
+            )
+        ),
+        quick=[
+            ("learning_rate", "constant"),
+            ("b1", "schedule"),
+            ("b2", "phases"),
+            ("weight_decay", "phases"),
+        ],
+    ),
+)
 def test_override_holds_until_released(name, driver):
     constant = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
     if driver == "phases":

@@ -2,15 +2,17 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import adam_loop, constant, sgd_loop, trajectory
+from tiers import examples, matrix
 
 import adamw_jax as aj
 
@@ -64,8 +66,15 @@ def test_signatures_of_optax(name):
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
 
 
-@pytest.mark.parametrize("dampened", [False, True])
-@pytest.mark.parametrize("decay", [{}, {"l2": 0.1}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    ("dampened", "decay"),
+    matrix(
+        list(
+            itertools.product((False, True), ({}, {"l2": 0.1}, {"weight_decay": 0.1}))
+        ),
+        quick=[(True, {}), (False, {"l2": 0.1}), (True, {"weight_decay": 0.1})],
+    ),
+)
 def test_sgd_with_cycled_momentum(x64, dampened, decay):
     phases = aj.one_cycle(1e-2, steps=40)
     expected = sgd_loop(
@@ -123,8 +132,17 @@ def test_the_articles_adam(x64):
     np.testing.assert_allclose(path(tx), expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("make", [aj.adamw, aj.amsgrad, aj.sgd])
-@pytest.mark.parametrize("kind", ["constant", "phases", "schedule"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    matrix(
+        list(
+            itertools.product(
+                (aj.adamw, aj.amsgrad, aj.sgd), ("constant", "phases", "schedule")
+            )
+        ),
+        quick=[(aj.adamw, "phases"), (aj.amsgrad, "constant"), (aj.sgd, "schedule")],
+    ),
+)
 def test_loshchilov_and_hutter(x64, make, kind):
     """p <- p - eta_t (alpha u + lambda p): no learning rate on the decay."""
     alpha, decay = 1e-2, 3e-3
@@ -284,7 +302,7 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@examples(25, derandomize=True)
 @given(
     trees.filter(lambda tree: tree is not None),
     optimizers,
@@ -329,7 +347,7 @@ def check_any_tree(params, grads, tx):
         np.testing.assert_array_equal(np.asarray(p, float), np.asarray(q, float))
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@examples(40, derandomize=True)
 @given(
     st.lists(
         st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)), min_size=1, max_size=30

@@ -15,8 +15,9 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis.extra import numpy as hnp
+from tiers import examples, matrix
 from torch.nn import functional as F
 
 import adamw_jax as aj
@@ -40,6 +41,20 @@ OPTIMIZERS = {
 }
 SCHEDULES = ("constant", "onecycle")
 CELLS = [(name, schedule) for name in OPTIMIZERS for schedule in SCHEDULES]
+QUICK_FROM_PYTORCH = [
+    ("adam-l2", "constant"),
+    ("adamw", "onecycle"),
+    ("amsgradw", "onecycle"),
+    ("sgd-momentum", "onecycle"),
+    ("sgd-nesterov", "constant"),
+]
+QUICK_FROM_JAX = [
+    ("adam", "onecycle"),
+    ("adamw-maximize", "constant"),
+    ("amsgrad-l2", "onecycle"),
+    ("sgd", "constant"),
+    ("sgd-momentum", "onecycle"),
+]
 
 
 # ---------------------------------------------------------------------------
@@ -156,7 +171,7 @@ def assert_same_run(net, stayed):
         assert (p - q).abs().max() <= 1e-12 * travelled
 
 
-@pytest.mark.parametrize(("name", "schedule"), CELLS)
+@pytest.mark.parametrize(("name", "schedule"), matrix(CELLS, QUICK_FROM_PYTORCH))
 def test_begun_in_pytorch(x64, name, schedule):
     net, opt, scheduler = torch_setup(name, schedule)
     torch_train(net, opt, scheduler, BEFORE)
@@ -170,7 +185,7 @@ def test_begun_in_pytorch(x64, name, schedule):
     assert_same_run(read_back(params), net)
 
 
-@pytest.mark.parametrize(("name", "schedule"), CELLS)
+@pytest.mark.parametrize(("name", "schedule"), matrix(CELLS, QUICK_FROM_JAX))
 def test_begun_in_jax(x64, name, schedule):
     net, opt, scheduler = torch_setup(name, schedule)
     params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
@@ -641,7 +656,7 @@ def layouts(draw):
     return shape, aj.Layout(from_torch, to_torch)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(layouts(), st.data())
 def test_any_layout(shape_and_layout, data):
     """Any bits, NaN and -0.0 too, in any arrangement, there and back."""
@@ -828,7 +843,7 @@ def test_an_override_stays():
 
 @pytest.mark.parametrize("three_phase", [False, True])
 @pytest.mark.parametrize("anneal", ["cos", "linear"])
-@pytest.mark.parametrize("total", [7, 30, 97])
+@pytest.mark.parametrize("total", matrix([7, 30, 97], quick=[7, 30]))
 def test_phases_from_a_scheduler(total, anneal, three_phase):
     opt = torch.optim.AdamW([torch.zeros(1)], LR)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tiers import examples, matrix
 
 import adamw_jax as aj
 from adamw_jax import Phase, Phases
@@ -83,7 +84,10 @@ def test_lengths_of_the_article(phases, lengths):
     assert phases.total_steps == sum(lengths)
 
 
-@pytest.mark.parametrize(("epochs", "total"), [(30, "18.0389"), (18, "10.8246")])
+@pytest.mark.parametrize(
+    ("epochs", "total"),
+    matrix([(30, "18.0389"), (18, "10.8246")], quick=[(18, "10.8246")]),
+)
 def test_sum_of_learning_rates(epochs, total):
     phases = aj.one_cycle(3e-3, epochs=epochs, steps_per_epoch=391)
     rates = [phases.at(step)["learning_rate"] for step in range(phases.total_steps)]
@@ -319,7 +323,7 @@ def random_phases(draw):
     return Phases(tuple(draw(list_of)), rule=draw(st.sampled_from(["fastai", "torch"])))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@examples(60, derandomize=True)
 @given(random_phases())
 def test_every_value_lies_between_the_ends_of_its_phase(phases):
     first = phases._first_steps

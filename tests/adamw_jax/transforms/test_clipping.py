@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import compiled_update
+from tiers import examples
 
 import adamw_jax as aj
 
@@ -57,7 +58,7 @@ def test_against_pytorch(x64, max_norm):
 NUMBERS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(
     st.lists(NUMBERS, min_size=1, max_size=5),
     st.floats(2.0**-10, 1000, width=32),
