@@ -29,7 +29,7 @@ from jax import lax
 from adamw_jax import adamw, one_cycle, quantize_moments
 from train.data import batches
 from train.data import cifar10 as data
-from train.evals import statistics as analysis
+from train.evals import statistics
 from train.models import small as models
 from train.references import loop as torch_loop
 from train.run import devices, record, report
@@ -292,7 +292,7 @@ def main(config: Config) -> Path:
         base = "float32, PyTorch" if name in TORCH_OPTIMIZERS else "float32"
         if name != base:
             change = np.subtract(row["loss"]["runs"], rows[base]["loss"]["runs"])
-            row["loss_minus_float32"] = analysis.confidence(change)
+            row["loss_minus_float32"] = statistics.confidence_interval(change)
 
     results = {"parameters": parameters, "rows": rows, "missing": missing}
     record.write_json(folder / "config.json", vars(config) | environment)

@@ -23,7 +23,7 @@ from train.data import cifar10 as data
 from train.evals import statistics as analysis
 from train.models import small as models
 from train.references import loop as torch_loop
-from train.run import report
+from train.evals import comparison
 
 pytestmark = pytest.mark.usefixtures("lenient")  # Flax and Optax promote dtypes
 
@@ -462,7 +462,7 @@ def test_the_finding_says_what_the_numbers_say(interval, says):
         "tuning": {"adamw": {"basin": 5}, "adam-l2": {"basin": 7}},
         "test": {"adamw": {"n": 40}},
     }
-    sentence = report.finding(results)
+    sentence = comparison.finding(results)
     assert says in sentence
     assert f"{interval[0]:+.2f} points" in sentence
     assert f"{interval[1]:+.2f} to {interval[2]:+.2f} over 40" in sentence
