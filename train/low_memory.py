@@ -187,7 +187,7 @@ def train_torch(name: str, config: Config, member: dict, images):
     module, kind = TORCH_OPTIMIZERS[name]
     make: Any = getattr(importlib.import_module(module), kind)
     torch.set_num_threads(1)  # on a busy machine more of them wait for each other
-    net = torch_loop.network(member["params"])
+    net = torch_loop.make_network(member["params"])
     betas = {"betas": (config.b1, config.b2), "eps": config.eps}
     optimizer = make(net.parameters(), weight_decay=config.weight_decay, **betas)
     (group,) = optimizer.param_groups

@@ -1,0 +1,33 @@
+"""Tiny runs of `train.compare` for several test modules."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from train.data import batches
+from train.recipes import compare as recipe
+
+TINY = recipe.Config(
+    train_size=40, eval_size=50, width=16, epochs=2, batch_size=10, evaluate_every=1,
+    target=20.0, grid=2, tune_seeds=2, seeds=3, chunk=2,
+)  # fmt: skip
+
+
+def build(config, vectorized=False):
+    mesh = Mesh(np.array(jax.devices()), ("runs",))
+    return recipe.build_program(config, mesh, vectorized)
+
+
+build_once = functools.cache(build)
+
+
+def train_two(program, config, name, splits, lr, decay):
+    """Trains the second seed, then the first; returns the first run and both results."""
+    tables = recipe.draw_tables(config, splits.train.y, range(2))
+    runs = recipe.select_runs(tables, np.array([1, 0]), np.array(lr), np.array(decay))
+    images = batches.padded(splits.train.x), *batches.in_batches(splits.test)
+    index = list(recipe.OPTIMIZERS).index(name)
+    results = program(np.int32(index), runs, images)
+    return recipe.select_runs(tables, 1, lr[0], decay[0]), np.asarray(results)
