@@ -24,7 +24,7 @@ build_once = functools.cache(build)
 
 
 def train_two(program, config, name, splits, lr, decay):
-    """Trains the second seed, then the first; returns the first run and both results."""
+    """Trains the second seed and the first; returns the first run and both results."""
     tables = recipe.draw_tables(config, splits.train.y, range(2))
     runs = recipe.select_runs(tables, np.array([1, 0]), np.array(lr), np.array(decay))
     images = batches.padded(splits.train.x), *batches.in_batches(splits.test)

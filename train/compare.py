@@ -28,38 +28,41 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train.data import batches
-from train.data import cifar10 as data
+from train.data.batches import in_batches, normalise, padded
+from train.data.cifar10 import load_cifar10
+from train.data.digits import load_digits
+from train.data.splits import Splits
 from train.evals import comparison, statistics
 from train.plots.comparison import plot_test
 from train.plots.grids import plot_tuning
 from train.recipes import compare as recipe
 from train.references import loop as torch_loop
-from train.run import devices, record
+from train.run import devices
+from train.run.environment import environment
+from train.run.folder import new_folder
+from train.run.log import write_json
+from train.run.output import Output
 from train.run.progress import progress
 
 TUNE_SEED, TEST_SEED = 1000, 2000  # the first seeds of tuning and test
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(recipe.Config):
+class Config(recipe.Config, Output):
     """Tunes five optimizers and compares them. --dataset changes the other defaults."""
 
     data_dir: Path | None = None  # CIFAR-10's official files; None: tensorflow-datasets
     torch: bool = True  # also time a PyTorch loop on one run of each optimizer
-    out: Path = Path("runs")  # where the folder with the results goes
-    name: str | None = None  # of that folder; None: made from data set and date
-    overwrite: bool = False  # replace the results of an earlier run of that name
 
 
-def load(config: Config) -> data.Splits:
+def load(config: Config) -> Splits:
     if config.dataset == "digits":
         if config.data_dir is not None:
             raise ValueError(
                 f"data_dir must be None for digits, got {config.data_dir!r}"
             )
-        return data.load_digits(config.train_size, config.eval_size)
-    return data.load_cifar10(config.data_dir, config.train_size, config.eval_size)
+        return load_digits(config.train_size, config.eval_size)
+    return load_cifar10(config.data_dir, config.train_size, config.eval_size)
 
 
 # ---------------------------------------------------------------------------
@@ -135,9 +138,7 @@ def time_torch(config: Config, tuning, tested, tables, splits) -> dict[str, Any]
     if not (config.torch and torch_loop.is_available()):
         return {}
     cycle, samples = recipe.make_schedule(config), {}
-    train_x, test_x = map(
-        batches.normalise, (batches.padded(splits.train.x), splits.test.x)
-    )
+    train_x, test_x = map(normalise, (padded(splits.train.x), splits.test.x))
     for name, tuned in tuning.items():
         run = recipe.select_runs(tables, 0, tuned["lr"], tuned["decay"])
         sample = torch_loop.time_run(name, run, cycle, train_x, test_x, splits.test.y)
@@ -153,7 +154,7 @@ def write_report(config: Config, results: dict[str, Any], folder: Path) -> str:
     results = results | {"adamw_minus_adam_l2": difference}
     results["finding"] = comparison.finding(results)
     page = comparison.page(vars(config), results)
-    record.write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     (folder / "results.md").write_text(page, encoding="utf-8")
     plot_tuning(tuning, folder / "heatmap.png")
     plot_test(
@@ -168,9 +169,9 @@ def main(config: Config) -> Path:
     recipe.check(config)
     splits = load(config)
     config = dataclasses.replace(config, eval_size=len(splits.test.y))
-    environment = record.environment()
+    machine = environment()
     total = len(recipe.OPTIMIZERS) * (config.grid**2 * config.tune_seeds + config.seeds)
-    print(f"{comparison.task(vars(config))}\n{total} runs on {environment['devices']}.")
+    print(f"{comparison.task(vars(config))}\n{total} runs on {machine['devices']}.")
 
     # data, on all devices
     mesh = Mesh(np.array(jax.devices()), ("runs",))
@@ -178,17 +179,17 @@ def main(config: Config) -> Path:
         recipe.draw_tables(config, splits.train.y, range(first, first + count))
         for first, count in ((TUNE_SEED, config.tune_seeds), (TEST_SEED, config.seeds))
     )
-    train_x = batches.padded(splits.train.x)
+    train_x = padded(splits.train.x)
     tune_images, test_images = (
         jax.device_put(
-            (train_x, *batches.in_batches(images)), NamedSharding(mesh, PartitionSpec())
+            (train_x, *in_batches(images)), NamedSharding(mesh, PartitionSpec())
         )
         for images in (splits.validation, splits.test)
     )
 
     # one program for all runs
-    folder = record.new_folder(config, f"compare-{config.dataset}")
-    record.write_json(folder / "config.json", vars(config) | environment)
+    folder = new_folder(config, f"compare-{config.dataset}")
+    write_json(folder / "config.json", vars(config) | machine)
     start = time.perf_counter()
     program, chunk = compile_program(config, mesh, tune_tables, tune_images)
     compiled = time.perf_counter()
@@ -205,7 +206,7 @@ def main(config: Config) -> Path:
                 config, name, tuned, train_runs, test_tables, test_images
             )
     speed = {
-        "devices": environment["devices"],
+        "devices": machine["devices"],
         "compile_seconds": compiled - start,
         "runs": total,
         "seconds": time.perf_counter() - compiled,

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from adamw_jax import Phases, adam, adamw, amsgrad, one_cycle, sgd
 from train.data import batches
 from train.models.small import CNN, MLP
+from train.recipes.check import Rules, check_options
 
 # ---------------------------------------------------------------------------
 # config
@@ -75,7 +76,7 @@ GRIDS = {
 
 def check(c: Config) -> None:
     divisors = [n for n in range(1, c.epochs + 1) if c.epochs % n == 0]
-    rules = {
+    rules: Rules = {
         "dataset": (c.dataset in RECIPES, f"one of {', '.join(RECIPES)}"),
         "train_size": (c.train_size >= 1, "at least 1"),
         "label_noise": (0 <= c.label_noise < 1, "in [0, 1)"),
@@ -89,9 +90,7 @@ def check(c: Config) -> None:
         "seeds": (c.seeds >= 2, "at least 2"),
         "chunk": (c.chunk >= 1, "at least 1"),
     }
-    for option, (valid, allowed) in rules.items():
-        if not valid:
-            raise ValueError(f"{option} must be {allowed}, got {getattr(c, option)!r}")
+    check_options(c, rules)
 
 
 # ---------------------------------------------------------------------------

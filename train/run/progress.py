@@ -1,4 +1,4 @@
-"""Progress of counted work: a bar on a terminal, a line now and then in a log."""
+"""Progress of countable work: a bar on a terminal, lines now and then in a log."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ Advance = Callable[[int, str], None]
 
 @contextlib.contextmanager
 def progress(total: int, unit: str) -> Iterator[Advance]:
-    """Yields `advance(done, doing)`: how much since the last call, and of what.
+    """Yields `advance(done, doing)`: how much more was done, and what is being done.
 
     Args:
         total: to be done.

@@ -46,5 +46,3 @@ def test_the_target_is_reached_or_not():
     assert tested["epochs_to_target"] == 10
     never = statistics.summarize_test(curves, np.array([4, 8, 12]), 99)
     assert (never["reached"], never["epochs_to_target"]) == (0, None)
-
-

@@ -26,5 +26,3 @@ def test_convolutions_and_their_gradients_are_nhwc():
     assert len(found) == 3 * 3  # forward, dx, dkernel
     fast = lax.conv_dimension_numbers((1,) * 4, (1,) * 4, DIMENSIONS)
     assert set(found) == {fast}
-
-

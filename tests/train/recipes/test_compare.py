@@ -10,8 +10,7 @@ import pytest
 from comparison_runs import TINY, build, build_once, train_two
 from flax import nnx
 
-from train.data import batches
-from train.data import cifar10 as data
+from train.data import batches, cifar10, digits
 from train.recipes import compare as recipe
 
 pytestmark = pytest.mark.usefixtures("lenient")  # Flax and Optax promote dtypes
@@ -36,7 +35,7 @@ def adamw_only(monkeypatch):
 @pytest.mark.parametrize("name", recipe.OPTIMIZERS)
 def test_a_run_is_a_loop_over_steps(name):
     config = dataclasses.replace(TINY, epochs=6, evaluate_every=3)
-    splits, lr, decay = data.load_digits(40, 50), 0.05, 0.02
+    splits, lr, decay = digits.load_digits(40, 50), 0.05, 0.02
     run, results = train_two(
         build_once(config), config, name, splits, [lr, 0.1], [decay, 0.0]
     )
@@ -76,7 +75,7 @@ def test_a_run_is_a_loop_over_steps(name):
 
 
 def test_vectorized_runs_equal_sequential_ones(adamw_only):
-    splits = data.load_digits(40, 50)
+    splits = digits.load_digits(40, 50)
     one, other = (
         train_two(build(TINY, mode), TINY, "adamw", splits, [0.1, 0.02], [0.1, 0.0])[1]
         for mode in (False, True)
@@ -86,7 +85,7 @@ def test_vectorized_runs_equal_sequential_ones(adamw_only):
 
 
 def test_a_run_with_crops_and_batch_norm_is_a_loop_over_steps(cifar_dir, adamw_only):
-    splits = data.load_cifar10(cifar_dir, 40, 50)
+    splits = cifar10.load_cifar10(cifar_dir, 40, 50)
     run, results = train_two(
         build(TINY_CIFAR), TINY_CIFAR, "adamw", splits, [0.02, 0.01], [0.1, 0.1]
     )

@@ -10,8 +10,7 @@ from comparison_runs import TINY, build, train_two
 from flax import nnx
 
 import adamw_jax
-from train.data import batches
-from train.data import cifar10 as data
+from train.data import batches, digits
 from train.models.small import CNN
 from train.recipes import compare as recipe
 from train.references import loop
@@ -27,15 +26,24 @@ def fast_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_it_trains_the_same_runs(monkeypatch):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("sgd", "amsgradw"),
+        pytest.param(tuple(recipe.OPTIMIZERS), marks=pytest.mark.slow),
+    ],
+)
+def test_it_trains_the_same_runs(names, monkeypatch):
+    optimizers = {name: recipe.OPTIMIZERS[name] for name in names}
+    monkeypatch.setattr(recipe, "OPTIMIZERS", optimizers)
     for kind in ("adam", "adamw", "amsgrad"):
         as_torch = functools.partial(getattr(adamw_jax, kind), bias_correction="torch")
         monkeypatch.setattr(recipe, kind, as_torch)
-    splits = data.load_digits(400)
+    splits = digits.load_digits(400)
     config = dataclasses.replace(TINY, train_size=400, batch_size=50)
     x, test_x = (batches.normalise(part.x) for part in (splits.train, splits.test))
     program = build(config)
-    for name in recipe.OPTIMIZERS:
+    for name in names:
         run, results = train_two(
             program, config, name, splits, [0.05, 0.05], [0.1, 0.1]
         )
