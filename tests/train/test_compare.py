@@ -14,18 +14,11 @@ from train import compare
 from train.recipes import compare as recipe
 from train.references import loop as torch_loop
 
-pytestmark = pytest.mark.usefixtures("lenient")  # Flax and Optax promote dtypes
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 TINY = compare.Config(**vars(comparison_runs.TINY))
-TINY_CIFAR = dataclasses.replace(TINY, dataset="cifar10", width=4, tune_seeds=1)
+TINY_CIFAR = compare.Config(**vars(comparison_runs.TINY_CIFAR))
 NAMES = list(recipe.OPTIMIZERS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -37,7 +30,7 @@ def two_optimizers(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, fast_compile):
     """A comparison without PyTorch: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("runs")
     with (
@@ -185,7 +178,7 @@ def test_importing_needs_neither_tyro_nor_torch_nor_sklearn():
         ("epochs", 0, "at least 1"),
         ("batch_size", 0, r"\[1, 40\]"),
         ("batch_size", 41, r"\[1, 40\]"),
-        ("evaluate_every", 3, r"one of \[1, 2\]"),
+        ("evaluate_every", 4, r"one of \[1, 2, 3, 6\]"),
         ("target", 100.0, r"\(0, 100\)"),
         ("grid", 1, "at least 2"),
         ("tune_seeds", 0, "at least 1"),

@@ -11,7 +11,7 @@ from jax import lax
 
 from train.models.conv import DIMENSIONS, conv, max_pool
 
-pytestmark = pytest.mark.usefixtures("lenient")  # Flax and Optax promote dtypes
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 CASES = [  # height, width, kernel, stride, padding
     (8, 8, 3, 1, "SAME"),
@@ -29,13 +29,6 @@ CASES = [  # height, width, kernel, stride, padding
         )
     ),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(("h", "w", "k", "stride", "padding"), CASES)

@@ -16,14 +16,7 @@ from train.recipes import compare as recipe
 from train.references import loop
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("lenient")  # Flax and Optax promote dtypes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 
 @pytest.mark.parametrize(
@@ -61,5 +54,5 @@ def test_it_has_the_same_convolutional_network():
     x = np.random.default_rng(0).normal(size=(5, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = twin(torch.from_numpy(x)).numpy()
-    ours = nnx.view(net, use_running_average=False)(x)
+    ours = nnx.jit(nnx.view(net, use_running_average=False))(x)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
