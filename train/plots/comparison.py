@@ -10,7 +10,7 @@ from adamw_jax import Phases
 from train.evals.comparison import NAMES
 from train.evals.statistics import confidence_interval
 from train.plots.curves import draw_schedules
-from train.plots.style import COLOURS, hide_top_spines, new_figure
+from train.plots.style import COLOURS, hide_spines, new_figure
 
 
 def plot_test(test: dict[str, Any], phases: Phases, target: float, path: Path) -> None:
@@ -24,9 +24,11 @@ def plot_test(test: dict[str, Any], phases: Phases, target: float, path: Path) -
     """
     figure = new_figure(12, 6)
     axes = figure.subplot_mosaic(
-        [["curve", "end"], ["phase", "end"]], width_ratios=(5, 3), height_ratios=(3, 1)
+        [["curve", "end"], ["schedule", "end"]],
+        width_ratios=(5, 3),
+        height_ratios=(3, 1),
     )
-    curve, schedule, end = axes["curve"], axes["phase"], axes["end"]
+    curve, schedule, end = axes["curve"], axes["schedule"], axes["end"]
     for row, (name, result) in enumerate(test.items()):
         epochs, accuracy = np.array(result["epochs"]), np.array(result["accuracy"])
         _draw_curve(curve, name, epochs, accuracy)
@@ -43,7 +45,8 @@ def plot_test(test: dict[str, Any], phases: Phases, target: float, path: Path) -
     momentum = draw_schedules(schedule, phases, epochs[-1])
     schedule.set_ylabel("learning rate\n/ peak")
     schedule.sharex(curve)
-    hide_top_spines(curve, schedule, momentum, end)
+    hide_spines(curve, end)
+    hide_spines(schedule, momentum, right=False)
     figure.savefig(path)
 
 

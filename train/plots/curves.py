@@ -6,11 +6,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from adamw_jax import Phases
-from train.plots.style import COLOURS, HELD_OUT, TRAINING, hide_top_spines, new_figure
+from train.plots.style import (
+    COLOURS,
+    HELD_OUT,
+    TRAINING,
+    hide_spines,
+    new_figure,
+    set_log_scale,
+)
 
 Log = list[dict[str, Any]]  # the lines of a run's metrics.jsonl
 
@@ -56,12 +63,14 @@ def plot_classifier(
         accuracy.plot([epochs] * len(final), final, "D", color="black", label=label)
         accuracy.set_title(f"final accuracy {np.mean(final):.2f} % (n = {len(final)})")
         accuracy.legend(frameon=False, loc="lower right")
-    loss.set_yscale("log")
+    set_log_scale(loss)
     loss.set_ylabel("loss")
     loss.legend(frameon=False)
     accuracy.set_ylabel(f"{held_out} accuracy, %")
     momentum = draw_schedules(schedule, phases, epochs)
-    hide_top_spines(loss, accuracy, schedule, momentum)
+    figure.align_ylabels([loss, accuracy, schedule])
+    hide_spines(loss, accuracy)
+    hide_spines(schedule, momentum, right=False)
     figure.savefig(path)
 
 
@@ -94,13 +103,13 @@ def plot_language_model(log: Log, phases: Phases, epochs: int, path: Path) -> No
             label = f"{label}: {np.mean(values):.1f}"
             at = [epochs] * len(values)
             ax.plot(at, values, marker, color="black", label=label, ls="")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    set_log_scale(ax)
     ax.set_ylabel("perplexity")
     ax.legend(frameon=False)
-    hide_top_spines(ax, schedule, draw_schedules(schedule, phases, epochs))
+    momentum = draw_schedules(schedule, phases, epochs)
+    figure.align_ylabels([ax, schedule])
+    hide_spines(ax)
+    hide_spines(schedule, momentum, right=False)
     figure.savefig(path)
 
 
@@ -133,8 +142,10 @@ def plot_seeds(
     end.axvline(target, color="black", ls=":", label=f"target {target:g}")
     end.set_xlabel("test accuracy, %")
     end.set_ylabel("seeds")
+    end.yaxis.set_major_locator(MaxNLocator(integer=True))
     end.legend(frameon=False)
-    hide_top_spines(loss, rate, end)
+    hide_spines(loss, rate, right=False)
+    hide_spines(end)
     figure.savefig(path)
 
 

@@ -41,8 +41,8 @@ def plot_tuning(tuning: dict[str, Any], path: Path) -> None:
             "L2 coefficient" if name == "adam-l2" else "decoupled weight decay"
         )
         ax.set_title(
-            f"{NAMES[name].short}: best {best['accuracy']:.1f} %, {best['basin']} of "
-            f"{best['cells']} cells\nwithin half a point of it",
+            f"{NAMES[name].short}: best {best['accuracy']:.1f} %\n"
+            f"{best['basin']} of {best['cells']} cells within half a point of it",
             fontsize=12,
         )
         x, y = best_decays(lrs, decays, accuracy)
