@@ -149,6 +149,41 @@ def plot_seeds(
     figure.savefig(path)
 
 
+def plot_switches(
+    results: dict[str, Any], switches: tuple[int, int], path: Path
+) -> None:
+    """Losses of a run that switches libraries, and of one that stays in PyTorch.
+
+    Args:
+        results: the losses of `train.continue_from_torch`.
+        switches: the steps before which the library changes.
+        path: where the picture is written.
+    """
+    figure = new_figure(8, 6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    losses, stayed = np.array(results["losses"]), np.array(results["stayed"])
+    top.plot(stayed, color="black", lw=4, alpha=0.25, label="stayed in PyTorch")
+    first, last = switches
+    for start, stop, name, label in (
+        (0, first, "adam-l2", "PyTorch"),
+        (first, last, "adamw", "Flax"),
+        (last, len(losses), "amsgrad-l2", "PyTorch again"),
+    ):
+        steps, colour = np.arange(start, stop), COLOURS[name]
+        top.plot(steps, losses[start:stop], ".-", color=colour, lw=1, label=label)
+    label = "Flax, without the moments"
+    top.plot(range(first, last), results["without_moments"], ":", c="gray", label=label)
+    top.set_ylabel("training loss")
+    top.legend(frameon=False)
+    difference = np.abs(losses - stayed)
+    bottom.semilogy(np.where(difference > 0, difference, np.nan), "k.-", lw=1)
+    bottom.set_ylabel("difference to the\nrun in PyTorch alone")
+    bottom.set_xlabel("step")
+    figure.align_ylabels([top, bottom])
+    hide_spines(top, bottom)
+    figure.savefig(path)
+
+
 def learning_rates(found: Any) -> Figure:
     """The curve of a range test, without its first ten and last five points."""
     figure = new_figure(8, 5)

@@ -80,6 +80,25 @@ def test_seeds(tmp_path):
     assert max(rate.lines[0].get_ydata()) == pytest.approx(0.1)
 
 
+def test_switches(tmp_path):
+    results = {
+        "losses": [3.0, 2.0, 1.5, 1.25, 1.0],
+        "stayed": [3.0, 2.0, 1.5, 1.0, 1.0],
+        "without_moments": [1.5, 2.5],
+    }
+    with saved_figures() as figures:
+        curves.plot_switches(results, (2, 4), tmp_path / "a.png")
+    top, bottom = figures[0].axes
+    drawn = lines(top)
+    assert drawn["PyTorch"].tolist() == [[0, 1], [3, 2]]
+    assert drawn["Flax"].tolist() == [[2, 3], [1.5, 1.25]]
+    assert drawn["PyTorch again"].tolist() == [[4], [1]]
+    assert drawn["Flax, without the moments"].tolist() == [[2, 3], [1.5, 2.5]]
+    assert drawn["stayed in PyTorch"][1].tolist() == results["stayed"]
+    difference = bottom.lines[0].get_ydata()
+    assert difference[3] == 0.25 and np.isnan(difference[[0, 1, 2, 4]]).all()
+
+
 @pytest.mark.parametrize("cycled", [True, False])
 def test_schedules(cycled):
     phases = PHASES if cycled else Phases([Phase(20, learning_rate=(0.1, 0.0))])
