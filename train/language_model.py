@@ -54,7 +54,7 @@ from adamw_jax import (
 from train.data import text
 from train.evals import kneser_ney, neural_cache, perplexity
 from train.models import awd
-from train.plots import pictures as plots
+from train.plots import curves
 from train.recipes.optimizer import (
     ADAMS,
     OURS,
@@ -838,7 +838,7 @@ def print_progress(config, steps: int, line: dict, speed: float, seconds_left: f
 
 def draw(config: Config, cycle: Phases, folder: Path) -> None:
     lines = record.read_lines(folder / "metrics.jsonl")
-    plots.language_model(lines, cycle, config.epochs, folder / "curves.png")
+    curves.plot_language_model(lines, cycle, config.epochs, folder / "curves.png")
 
 
 def report(config: Config, cycle: Phases, corpus, folder: Path) -> dict[str, Any]:

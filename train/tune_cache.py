@@ -19,7 +19,7 @@ from flax import nnx
 
 from train import language_model
 from train.evals import neural_cache, perplexity
-from train.plots import pictures as plots
+from train.plots import grids
 from train.run import devices, record
 
 # ---------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def main(config: Config) -> dict[str, Any]:
         **record.environment(),
     }
     record.write_json(path, content)
-    plots.cache(content, path.with_suffix(".png"))
+    grids.plot_cache(content, path.with_suffix(".png"))
     print(f"{'':10}{'window':>8}{'theta':>8}{'lambda':>8}{'valid':>10}{'test':>10}")
     for name in results["valid"]:
         triple = [f"{value:.4g}" for value in triples.get(name, ())] or [""] * 3
