@@ -660,7 +660,7 @@ def finish(config, program, pictures, folder, seed, state):
     line["most_confused"] = confusion.most_confused(valid.labels, predictions, classes)
     weights.write(
         folder / f"model-{seed}.safetensors",
-        weights.tensors_of(state.params, state.stats, int(state.step)),
+        weights.to_tensors(state.params, state.stats, int(state.step)),
         {
             "format": "pt",
             "architecture": config.architecture,
