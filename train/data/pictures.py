@@ -1,6 +1,7 @@
 """Labelled pictures on disk: Stanford Cars as published, or a folder for each class."""
 
 import collections
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,16 @@ def read(data_dir: Path | str) -> Pictures:
         pictures = _class_folders(data_dir)
     _check(data_dir, pictures)
     return pictures
+
+
+def fingerprint(pictures: Pictures, data_dir: Path) -> str:
+    """A hash of the classes, the file names and their labels."""
+    lines = list(pictures.classes)
+    for files in (pictures.train, pictures.valid):
+        for path, label in zip(files.paths, files.labels, strict=True):
+            lines.append(f"{label} {path.relative_to(data_dir).as_posix()}")
+    text = "\n".join(lines).encode()
+    return hashlib.md5(text, usedforsecurity=False).hexdigest()
 
 
 # ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Reads and writes the weights of `train.models.resnet` under torchvision's names."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,13 @@ def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
     contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     draft.write_bytes(save(contiguous, metadata))
     draft.replace(path)
+
+
+def md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(
+            file, lambda: hashlib.md5(usedforsecurity=False)
+        ).hexdigest()
 
 
 # ---------------------------------------------------------------------------
