@@ -28,11 +28,12 @@ from train.evals import neural_cache, perplexity
 from train.models import awd
 from train.recipes.check import check_options
 from train.recipes.optimizer import (
+    ADAMS,
     OURS,
     check_optimizer,
-    optimizer_of,
+    learning_rate_only,
+    make_optimizer,
     optimizer_rules,
-    rate_alone,
 )
 from train.run import devices
 
@@ -225,9 +226,9 @@ def dropout_rates(config: Config) -> awd.Rates:
 
 def make_schedule(config: Config, steps_per_epoch: int) -> Phases:
     """Learning rate, b1 and b2 at every step."""
-    b2 = config.b2 if config.optimizer in OURS[:3] else None
+    b2 = config.b2 if config.optimizer in ADAMS else None
     if config.schedule == "constant":
-        b1 = config.b1[0] or (0.0 if config.optimizer in OURS[:3] else None)
+        b1 = config.b1[0] or (0.0 if config.optimizer in ADAMS else None)
         constant = Phase(
             epochs=config.epochs, learning_rate=config.learning_rate, b1=b1, b2=b2
         )
@@ -242,9 +243,9 @@ def make_schedule(config: Config, steps_per_epoch: int) -> Phases:
             b1=config.b1,
             b2=b2,
         )
-    return (
-        schedule if config.optimizer in OURS else rate_alone(schedule, steps_per_epoch)
-    )
+    if config.optimizer in OURS:
+        return schedule
+    return learning_rate_only(schedule, steps_per_epoch)
 
 
 # ---------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def build(config: Config, words: int, rows: int) -> Programs:
     ]
     schedule = make_schedule(config, round(np.mean(steps)))
     clip = clip_by_global_norm(config.clip, eps=1e-6)  # as PyTorch's
-    tx = optax.chain(clip, optimizer_of(config, schedule))
+    tx = optax.chain(clip, make_optimizer(config, schedule))
     net = nnx.eval_shape(lambda: make_network(config, words, 0))
     graphdef = nnx.graphdef(net)
     check_optimizer(config, tx, nnx.state(net, nnx.Param))

@@ -21,7 +21,7 @@ import adamw_jax as aj
 from train.data import chunks, text
 from train.models import awd
 from train.recipes import language_model
-from train.recipes.optimizer import optimizer_of
+from train.recipes.optimizer import make_optimizer
 from train.references import awd as torch_awd
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -152,7 +152,7 @@ def test_salesforces_constant_rate():
     cycle = language_model.make_schedule(config, 308)
     assert cycle.total_steps == 750 * 308
     assert cycle.at(0)["learning_rate"] == cycle.at(231_000)["learning_rate"] == 30
-    tx = optimizer_of(config, cycle)
+    tx = make_optimizer(config, cycle)
     params = jnp.array([5.0])
     state = tx.init(params)
     for g in (1e-3, -2e-3):  # nothing is kept from the step before
@@ -162,7 +162,7 @@ def test_salesforces_constant_rate():
 
 def test_a_constant_b1_of_zero_is_zero():
     config = dataclasses.replace(TINY, schedule="constant", b1=(0.0, 0.0))
-    tx = optimizer_of(config, language_model.make_schedule(config, 4))
+    tx = make_optimizer(config, language_model.make_schedule(config, 4))
     assert aj.current_hyperparams(tx.init(jnp.ones(2)))["b1"] == 0
 
 
@@ -186,7 +186,7 @@ def test_other_optimizers_follow_the_rate():
     config = dataclasses.replace(TINY, optimizer="optax.lion", l2=0.0)
     cycle = language_model.make_schedule(config, 4)
     assert set(cycle.at(0)) == {"learning_rate"}  # nothing else drives them
-    tx = optimizer_of(config, cycle)
+    tx = make_optimizer(config, cycle)
     params = jnp.ones(1)
     state = tx.init(params)
     for step in range(3):
