@@ -73,10 +73,7 @@ def train_tiny(out, **changes):
         jax.numpy_dtype_promotion("standard"),
     ):
         share_programs(patch)
-        before = jax.config.jax_disable_most_optimizations
-        jax.config.update("jax_disable_most_optimizations", True)
         language_model.main(config)
-        jax.config.update("jax_disable_most_optimizations", before)
     return out / "run"
 
 

@@ -164,12 +164,12 @@ class Meter:
 
 def compile_setup(config, programs, corpus, columns: np.ndarray, run: Run) -> Setup:
     """Sends the text to the devices and compiles."""
-    began, schedule = time.perf_counter(), programs.schedule
+    started, schedule = time.perf_counter(), programs.schedule
     plan = chunks.plan(len(columns), config.bptt, 0, 1, config.chunks)
     columns = chunks.pad_columns(columns, config.bptt)
     on_devices = jax.device_put(columns, recipe.shardings()[1](1))
     compiled = recipe.compile_programs(programs, on_devices, plan.tables[0])
-    start = run.start(compile_seconds=time.perf_counter() - began)
+    start = run.start(compile_seconds=time.perf_counter() - started)
     parameters = sum(p.size for p in jax.tree.leaves(compiled.state.params))
     print(
         f"{run.folder}: {parameters:,} parameters, {len(corpus.train):,} tokens, "
@@ -214,12 +214,12 @@ def train_seed(setup: Setup, plan: chunks.Plan, seed, checkpoints, meter: Meter)
             # a segment of an epoch: one call
             epoch, (first, steps) = plan.epoch(step), plan.position(step)
             table, stop = plan.tables[epoch], min(first + size, steps)
-            began = time.perf_counter()
+            called = time.perf_counter()
             state, losses = compiled.train(
                 state, setup.columns, table, *map(np.int32, (first, stop, seed))
             )
             losses = np.asarray(losses)[first:stop]  # waits for the devices
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - called
             check_losses(setup, losses, seed, step)
             size = max(1, round((stop - first) * SEGMENT_SECONDS / seconds))
             step += stop - first

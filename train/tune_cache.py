@@ -122,14 +122,10 @@ class Predictions(NamedTuple):
     targets: np.ndarray  # (tokens - 1,)
 
 
-def predict(trained: Trained, tokens: np.ndarray) -> Predictions:
+def predict(read, trained: Trained, tokens: np.ndarray) -> Predictions:
+    """Reads a text with a `perplexity.reader`."""
     net, n = nnx.merge(trained.graphdef, trained.params), len(tokens) - 1
-    segments = perplexity.segments(
-        perplexity.reader(trained.graphdef),
-        trained.params,
-        net.initial_state(1),
-        tokens,
-    )
+    segments = perplexity.segments(read, trained.params, net.initial_state(1), tokens)
     parts = zip(*(map(np.asarray, segment[:3]) for segment in segments), strict=True)
     return Predictions(*(np.concatenate(part)[:n] for part in parts))
 
@@ -187,7 +183,8 @@ def main(config: Config) -> dict[str, Any]:
     )
 
     # tune on the validation text
-    valid = predict(trained, corpus.valid)
+    read = perplexity.reader(trained.graphdef)
+    valid = predict(read, trained, corpus.valid)
     tuned = neural_cache.tune(*valid, *grid, convention=run.pointer)
     points = {"the run's": (run.window, run.theta, run.lambda_), "tuned": tuned[1:]}
     results = {"valid": perplexities(valid, run.pointer, points)}
@@ -195,7 +192,8 @@ def main(config: Config) -> dict[str, Any]:
     del valid  # the states are large
 
     # evaluate on the test text
-    results["test"] = perplexities(predict(trained, corpus.test), run.pointer, points)
+    test = predict(read, trained, corpus.test)
+    results["test"] = perplexities(test, run.pointer, points)
 
     # report
     names = ("window", "theta", "lambda_")

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_language_model import save_state
+from tiny_language_model import save_state, train_tiny
 
-from train import generate, language_model
+from train import generate
 from train.data import text
 from train.models import awd
 from train.run import trained_language_model
 
-pytestmark = pytest.mark.usefixtures("lenient", "cache")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -30,23 +30,20 @@ def lines(seed, count):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished run with a text of its own; to be read alone."""
-    tmp_path = tmp_path_factory.mktemp("runs")
+    """The folder of a finished run with a text of its own, which tests only read."""
+    folder = tmp_path_factory.mktemp("runs")
     for i, (name, count) in enumerate({"train": 200, "valid": 30, "test": 40}.items()):
-        (tmp_path / f"{name}.txt").write_text(lines(i, count))
-    config = language_model.Config(
-        data_dir=tmp_path, embedding=16, width=16, layers=2, epochs=20, batch_size=4,
-        bptt=10, lengths=1, learning_rate=0.05, window=50, input_dropout=0.1,
-        output_dropout=0.1, weight_dropout=0.1, out=tmp_path, name="run",
+        (folder / f"{name}.txt").write_text(lines(i, count))
+    return train_tiny(
+        folder, embedding=16, width=16, layers=1, epochs=20, bptt=10, lengths=1,
+        learning_rate=0.05, words_dropout=0.1, input_dropout=0.1, hidden_dropout=0.2,
+        output_dropout=0.1, weight_dropout=0.1, alpha=3.0, beta=1.5,
     )  # fmt: skip
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        language_model.main(config)
-    return tmp_path / "run"
 
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """One that may be changed."""
+    """A copy, which may be changed."""
     return shutil.copytree(run, tmp_path / "copy")
 
 
@@ -102,7 +99,7 @@ def softmax(logits, temperature, allowed):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lstm", "qrnn"])
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("qrnn", marks=pytest.mark.slow)])
 def test_greedy_is_a_loop_over_the_likeliest_words(kind):
     net, prompt = untrained(kind), [3, 1, 4, 1, 5]
     expected = list(prompt)

@@ -41,7 +41,7 @@ from train.evals import kneser_ney, perplexity
 from train.recipes import language_model as recipe
 from train.run import checkpoint, folder, log
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 SIMPLE = {"layers": 1, "lengths": 1}  # quick to compile
 
@@ -49,14 +49,6 @@ SIMPLE = {"layers": 1, "lengths": 1}  # quick to compile
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation(cache):
-    """Programs run only for moments here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

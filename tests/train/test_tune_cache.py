@@ -19,7 +19,7 @@ from train.evals import neural_cache, perplexity
 from train.run import log
 from train.run.trained_language_model import load
 
-pytestmark = pytest.mark.usefixtures("lenient", "cache")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 WORDS = [f"w{i}" for i in range(20)]
 GRID = {
@@ -183,10 +183,10 @@ def test_segments_are_put_together(run, monkeypatch):
     """A text of many segments is the same stream."""
     trained = load(run)
     tokens = text.wikitext2(trained.data_dir).valid
-    whole = tune_cache.predict(trained, tokens)
+    whole = tune_cache.predict(perplexity.reader(trained.graphdef), trained, tokens)
     monkeypatch.setattr(perplexity, "ROWS", 2)
     monkeypatch.setattr(perplexity, "BLOCK", 2)
-    pieces = tune_cache.predict(trained, tokens)
+    pieces = tune_cache.predict(perplexity.reader(trained.graphdef), trained, tokens)
     np.testing.assert_array_equal(whole.targets, tokens[1:])
     np.testing.assert_array_equal(pieces.targets, tokens[1:])
     assert whole.states.shape == (len(tokens) - 1, 8)

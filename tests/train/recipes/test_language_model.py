@@ -23,7 +23,7 @@ from train.recipes import language_model
 from train.recipes.optimizer import make_optimizer
 from train.references import awd as torch_awd
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 KINDS = ("lstm", "qrnn")
 TINY = language_model.Config(
@@ -32,14 +32,6 @@ TINY = language_model.Config(
         for field in dataclasses.fields(language_model.Config)
     }
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation(cache):
-    """Programs run only for moments here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---------------------------------------------------------------------------

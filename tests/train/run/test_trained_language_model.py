@@ -23,7 +23,7 @@ from train.run import checkpoint, log
 from train.run.folder import exclusive
 from train.run.trained_language_model import describe, load
 
-pytestmark = pytest.mark.usefixtures("lenient", "cache")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 
 @pytest.fixture(scope="module")
