@@ -57,8 +57,7 @@ from adamw_jax import (
 from train.data import pictures as images
 from train.models import pretrained as weights
 from train.models.resnet import LAYERS, Head, ResNet
-from train.plots import confusion
-from train.plots import pictures as plots
+from train.plots import confusion, curves
 from train.recipes.optimizer import (
     ADAMS,
     OURS,
@@ -730,7 +729,9 @@ def print_progress(config: Config, cycle: Phases, line: dict, seconds_left: floa
 def draw(config: Config, cycle: Phases, folder: Path) -> None:
     lines = record.read_lines(folder / "metrics.jsonl")
     epochs = (config.frozen_epochs or 0) + config.epochs
-    plots.training(lines, cycle, epochs, folder / "curves.png", held_out="valid")
+    curves.plot_classifier(
+        lines, cycle, epochs, folder / "curves.png", held_out="valid"
+    )
 
 
 def report(config: Config, cycle: Phases, pictures, folder: Path) -> dict[str, Any]:

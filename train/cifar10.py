@@ -44,7 +44,7 @@ from train.data import cifar10 as data
 from train.data.splits import Images
 from train.models import tta
 from train.models.wide_resnet import WideResNet
-from train.plots import pictures as plots
+from train.plots import curves
 from train.recipes.optimizer import (
     ADAMS,
     OURS,
@@ -523,7 +523,7 @@ def print_progress(config: Config, cycle: Phases, line: dict, seconds_left: floa
 
 def draw(config: Config, cycle: Phases, folder: Path) -> None:
     lines = record.read_lines(folder / "metrics.jsonl")
-    plots.training(lines, cycle, config.epochs, folder / "curves.png")
+    curves.plot_classifier(lines, cycle, config.epochs, folder / "curves.png")
 
 
 def report(config: Config, cycle: Phases, folder: Path) -> dict[str, Any]:

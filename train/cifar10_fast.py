@@ -52,7 +52,7 @@ from adamw_jax import (
 from train.data import batches
 from train.data import cifar10 as data
 from train.models.conv import conv, global_max, max_pool
-from train.plots import pictures as plots
+from train.plots import curves
 from train.run import devices, record
 
 # ---------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def main(config: Config) -> Path:
     results["compile_seconds"] = compiled - began
     record.write_json(folder / "results.json", results)
     picture = folder / "curves.png"
-    plots.many_seeds(runs, losses, cycle_of(config), config.target, picture)
+    curves.plot_seeds(runs, losses, cycle_of(config), config.target, picture)
     print(report(config, results), f"Wrote {folder}.", sep="\n")
     return folder
 

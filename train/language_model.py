@@ -36,7 +36,7 @@ import optax
 from adamw_jax import Phases
 from train.data import chunks, text
 from train.evals import kneser_ney, perplexity
-from train.plots import pictures as curves
+from train.plots import curves
 from train.recipes import language_model as recipe
 from train.recipes.check import check_options, run_rules
 from train.run import checkpoint, devices, log
@@ -333,7 +333,7 @@ def print_progress(config: Config, line: dict[str, Any], last: int, meter: Meter
 
 def draw(config: Config, schedule: Phases, run: Run) -> None:
     path = run.folder / "curves.png"
-    curves.language_model(run.lines(), schedule, config.epochs, path)
+    curves.plot_language_model(run.lines(), schedule, config.epochs, path)
 
 
 def collect_results(config: Config, corpus: text.Corpus, run: Run) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from train import language_model
 from train.data import batches, text
 from train.data import cifar10 as data
 from train.models.wide_resnet import WideResNet
-from train.plots import pictures as plots
+from train.plots import curves
 from train.recipes.optimizer import make_optimizer
 from train.run import devices, record
 
@@ -199,7 +199,7 @@ class Found(NamedTuple):
 
     def plot(self) -> Any:
         """A matplotlib figure of the curve, with the suggestion."""
-        return plots.learning_rates(self)
+        return curves.learning_rates(self)
 
     def _bottom(self) -> int:
         if reason := self.why_not():

@@ -21,7 +21,7 @@ from flax import nnx
 
 from train.data import text
 from train.evals import neural_cache, perplexity
-from train.plots import pictures as grids
+from train.plots import grids
 from train.run import devices, log, trained_language_model
 from train.run.environment import environment
 from train.run.trained_language_model import Trained
@@ -207,7 +207,7 @@ def main(config: Config) -> dict[str, Any]:
         **environment(),
     }
     log.write_json(path, content)
-    grids.cache(content, path.with_suffix(".png"))
+    grids.plot_cache(content, path.with_suffix(".png"))
     print_table(results, points)
     if edges:
         print(f"On the edge of the grid: {', '.join(edges)}. There may be better.")
