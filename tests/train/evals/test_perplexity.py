@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from train.evals import neural_cache, perplexity
 from train.models import awd
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 WORDS, EMBEDDING, WIDTH, ROWS, BLOCK = 37, 4, 6, 8, 4
 SEGMENT = 3 * ROWS  # tokens, of three columns
