@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import lr_finder as lr_finder
 from .apply import apply_updates as apply_updates
 from .apply import update_and_apply as update_and_apply
 from .hyperparams import HyperparamsState as HyperparamsState
