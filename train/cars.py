@@ -60,11 +60,12 @@ from train.models.resnet import LAYERS, Head, ResNet
 from train.plots import confusion
 from train.plots import pictures as plots
 from train.recipes.optimizer import (
+    ADAMS,
     OURS,
     check_optimizer,
-    optimizer_of,
+    learning_rate_only,
+    make_optimizer,
     optimizer_rules,
-    rate_alone,
 )
 from train.run import checkpoint, devices, record
 from train.run.report import spread, summary
@@ -281,11 +282,11 @@ def stages_of(config: Any, steps: int) -> list[Stage]:
                 div=config.div,
                 pct=config.pct,
                 b1=config.b1,
-                b2=config.b2 if config.optimizer in OURS[:3] else None,
+                b2=config.b2 if config.optimizer in ADAMS else None,
             )
             if config.optimizer not in OURS:
-                cycle = rate_alone(cycle, steps)
-            tx = optimizer_of(config, cycle)
+                cycle = learning_rate_only(cycle, steps)
+            tx = make_optimizer(config, cycle)
             if frozen:
                 tx = freeze(tx, mask_by_path(BODY))
             else:

@@ -41,15 +41,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adamw_jax import Phases, apply_updates, one_cycle
 from train.data import batches
 from train.data import cifar10 as data
+from train.data.splits import Images
 from train.models import tta
 from train.models.wide_resnet import WideResNet
 from train.plots import pictures as plots
 from train.recipes.optimizer import (
+    ADAMS,
     OURS,
     check_optimizer,
-    optimizer_of,
+    learning_rate_only,
+    make_optimizer,
     optimizer_rules,
-    rate_alone,
 )
 from train.run import checkpoint, devices, record
 from train.run.report import spread, summary
@@ -196,9 +198,13 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
         div=config.div,
         pct=config.pct,
         b1=config.b1,
-        b2=config.b2 if config.optimizer in OURS[:3] else None,
+        b2=config.b2 if config.optimizer in ADAMS else None,
     )
-    return cycle if config.optimizer in OURS else rate_alone(cycle, steps_per_epoch)
+    return (
+        cycle
+        if config.optimizer in OURS
+        else learning_rate_only(cycle, steps_per_epoch)
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -241,7 +247,7 @@ def build(config: Config, mesh: Mesh, train_size: int) -> Programs:
     whole, split = PartitionSpec(), PartitionSpec(None, "data")
     share = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
     cycle = cycle_of(config, -(-train_size // config.batch_size))
-    tx = optimizer_of(config, cycle)
+    tx = make_optimizer(config, cycle)
     net = nnx.eval_shape(lambda: network(config, 0))
     train_def, eval_def = (
         nnx.graphdef(nnx.view(net, use_running_average=mode, raise_if_not_found=False))
@@ -381,7 +387,7 @@ def main(config: Config) -> dict[str, Any]:
     size = config.train_size or len(train.y)
     dtype: Any = str(devices.compute_dtype(config.dtype))
     config = dataclasses.replace(config, train_size=size, dtype=dtype)
-    train = data.Images(train.x[:size], train.y[:size])
+    train = Images(train.x[:size], train.y[:size])
     mesh = devices.data_mesh()
     programs = build(config, mesh, size)  # refuses a bad optimizer
     labels = hashlib.md5(train.y.tobytes(), usedforsecurity=False).hexdigest()

@@ -32,7 +32,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamw_jax import Phases, adam, adamw, amsgrad, one_cycle, sgd
-from train.data import batches
+from train.data import batches, digits
 from train.data import cifar10 as data
 from train.evals import statistics as analysis
 from train.models import small as models
@@ -270,7 +270,7 @@ def main(config: Config) -> Path:
     started = time.perf_counter()
     check(config)
     if config.dataset == "digits":
-        splits = data.load_digits(config.train_size, config.eval_size)
+        splits = digits.load_digits(config.train_size, config.eval_size)
     else:
         splits = data.load_cifar10(config.data_dir, config.train_size, config.eval_size)
     config = dataclasses.replace(config, eval_size=len(splits.test.y))

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import adamw_jax as aj
 from train.data import batches
-from train.data.cifar10 import load_digits
+from train.data.digits import load_digits
 from train.models.resnet import Head, ResNet
 from train.references import resnet as torch_resnet
 from train.run import record, report

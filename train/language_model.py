@@ -56,11 +56,12 @@ from train.evals import kneser_ney, neural_cache, perplexity
 from train.models import awd
 from train.plots import pictures as plots
 from train.recipes.optimizer import (
+    ADAMS,
     OURS,
     check_optimizer,
-    optimizer_of,
+    learning_rate_only,
+    make_optimizer,
     optimizer_rules,
-    rate_alone,
 )
 from train.run import checkpoint, devices, record
 from train.run.report import spread, summary
@@ -325,9 +326,9 @@ def rates_of(config: Config) -> awd.Rates:
 
 def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
     """Rate, b1 and b2 at every step."""
-    b2 = config.b2 if config.optimizer in OURS[:3] else None
+    b2 = config.b2 if config.optimizer in ADAMS else None
     if config.schedule == "constant":
-        b1 = config.b1[0] or (0.0 if config.optimizer in OURS[:3] else None)
+        b1 = config.b1[0] or (0.0 if config.optimizer in ADAMS else None)
         constant = Phase(
             epochs=config.epochs, learning_rate=config.learning_rate, b1=b1, b2=b2
         )
@@ -342,7 +343,11 @@ def cycle_of(config: Config, steps_per_epoch: int) -> Phases:
             b1=config.b1,
             b2=b2,
         )
-    return cycle if config.optimizer in OURS else rate_alone(cycle, steps_per_epoch)
+    return (
+        cycle
+        if config.optimizer in OURS
+        else learning_rate_only(cycle, steps_per_epoch)
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -396,7 +401,7 @@ def build(config: Config, words: int, rows: int) -> Programs:
     tables = [text.chunks(rows, config.bptt, 0, i, config.chunks) for i in range(10)]
     cycle = cycle_of(config, round(np.mean([len(table) for table in tables])))
     clip = clip_by_global_norm(config.clip, eps=1e-6)  # as PyTorch's
-    tx = optax.chain(clip, optimizer_of(config, cycle))
+    tx = optax.chain(clip, make_optimizer(config, cycle))
     net = nnx.eval_shape(lambda: network(config, words, 0))
     graphdef = nnx.graphdef(net)
     check_optimizer(config, tx, nnx.state(net, nnx.Param))

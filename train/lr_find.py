@@ -54,7 +54,7 @@ from train.data import batches, text
 from train.data import cifar10 as data
 from train.models.wide_resnet import WideResNet
 from train.plots import pictures as plots
-from train.recipes.optimizer import optimizer_of
+from train.recipes.optimizer import make_optimizer
 from train.run import devices, record
 
 # ---------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def language_model_task(config: LanguageModel) -> Task:
 
     def optimizer(schedule):
         clip = clip_by_global_norm(settings.clip, eps=1e-6)  # as PyTorch's
-        return optax.chain(clip, optimizer_of(settings, schedule))
+        return optax.chain(clip, make_optimizer(settings, schedule))
 
     sizes = (
         f"{settings.layers} layers, widths {settings.embedding} and {settings.width}"

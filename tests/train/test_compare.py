@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 import adamw_jax
 from train import compare
-from train.data import batches
+from train.data import batches, digits
 from train.data import cifar10 as data
 from train.evals import statistics as analysis
 from train.models import small as models
@@ -140,7 +140,7 @@ def train_two(program, config, name, splits, lr, decay):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_is_a_loop_over_steps(name):
     config = dataclasses.replace(TINY, epochs=6, evaluate_every=3)
-    splits, lr, decay = data.load_digits(40, 50), 0.05, 0.02
+    splits, lr, decay = digits.load_digits(40, 50), 0.05, 0.02
     member, results = train_two(
         build_once(config), config, name, splits, [lr, 0.1], [decay, 0.0]
     )
@@ -180,7 +180,7 @@ def test_a_run_is_a_loop_over_steps(name):
 
 
 def test_side_by_side_as_one_by_one(adamw_only):
-    splits = data.load_digits(40, 50)
+    splits = digits.load_digits(40, 50)
     one, other = (
         train_two(build(TINY, side), TINY, "adamw", splits, [0.1, 0.02], [0.1, 0.0])[1]
         for side in (False, True)
@@ -241,7 +241,7 @@ def test_the_torch_loop_trains_the_same_runs(monkeypatch):
     for kind in ("adam", "adamw", "amsgrad"):
         as_torch = functools.partial(getattr(adamw_jax, kind), bias_correction="torch")
         monkeypatch.setattr(compare, kind, as_torch)
-    splits = data.load_digits(400)
+    splits = digits.load_digits(400)
     config = dataclasses.replace(TINY, train_size=400, batch_size=50)
     x, test_x = (batches.normalise(part.x) for part in (splits.train, splits.test))
     program = build(config)

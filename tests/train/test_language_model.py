@@ -220,7 +220,7 @@ def test_salesforces_constant_rate():
     cycle = language_model.cycle_of(config, 308)
     assert cycle.total_steps == 750 * 308
     assert cycle.at(0)["learning_rate"] == cycle.at(231_000)["learning_rate"] == 30
-    tx = language_model.optimizer_of(config, cycle)
+    tx = language_model.make_optimizer(config, cycle)
     params = jnp.array([5.0])
     state = tx.init(params)
     for g in (1e-3, -2e-3):  # nothing is kept from the step before
@@ -230,7 +230,7 @@ def test_salesforces_constant_rate():
 
 def test_a_constant_b1_of_zero_is_zero():
     config = dataclasses.replace(TINY, schedule="constant", b1=(0.0, 0.0))
-    tx = language_model.optimizer_of(config, language_model.cycle_of(config, 4))
+    tx = language_model.make_optimizer(config, language_model.cycle_of(config, 4))
     assert aj.current_hyperparams(tx.init(jnp.ones(2)))["b1"] == 0
 
 
@@ -253,7 +253,7 @@ def test_other_optimizers_follow_the_rate():
     config = dataclasses.replace(TINY, optimizer="optax.lion", l2=0.0)
     cycle = language_model.cycle_of(config, 4)
     assert set(cycle.at(0)) == {"learning_rate"}  # nothing else drives them
-    tx = language_model.optimizer_of(config, cycle)
+    tx = language_model.make_optimizer(config, cycle)
     params = jnp.ones(1)
     state = tx.init(params)
     for step in range(3):
@@ -955,7 +955,7 @@ def test_the_embedded_text_is_learned():
         ({"weight_decay": 0.1}, "weight_decay must be 0 with adam.*0.1"),
         ({"optimizer": "adamw"}, "l2 must be 0 with adamw.*1.2e-06"),
         ({"optimizer_args": {"bee": 1.0}}, "optimizer_args.*bee"),
-        ({"optimizer": "optax.lbfgs", "l2": 0.0}, "not a transformation"),
+        ({"optimizer": "optax.lbfgs", "l2": 0.0}, "not a gradient"),
         ({"optimizer": "math.pow", "l2": 0.0}, "optimizer.*math.pow"),
         ({"words_dropout": 1.0}, r"words_dropout must be in \[0, 1\), got 1.0"),
         ({"input_dropout": -0.1}, "input_dropout must be.*got -0.1"),
@@ -1009,10 +1009,16 @@ def test_bad_settings_are_refused_before_a_folder_is_made(
         ({"ar": "wet"}, "ar must be.*got 'wet'"),
         ({"schedule": "cosine"}, "schedule must be.*got 'cosine'"),
         ({"pointer": "grave"}, "pointer must be.*got 'grave'"),
-        ({"optimizer": "optax.lion", "l2": 0.0, "b2": 0.5}, "b2 must be left alone"),
+        (
+            {"optimizer": "optax.lion", "l2": 0.0, "b2": 0.5},
+            "b2 must be left at its",
+        ),
         ({"optimizer": "optax.lion", "l2": 0.0, "b1": (0.9, 0.8)}, "b1 must be left"),
-        ({"optimizer": "sgd", "b2": 0.5}, "b2 must be left alone"),
-        ({"optimizer": "optax.constant_schedule", "l2": 0.0}, "not a transformation"),
+        ({"optimizer": "sgd", "b2": 0.5}, "b2 must be left at its"),
+        (
+            {"optimizer": "optax.constant_schedule", "l2": 0.0},
+            "not a gradient",
+        ),
         ({"optimizer": "math.pi", "l2": 0.0}, "optimizer.*math.pi"),
         ({"optimizer": "..lion", "l2": 0.0}, "cannot import '..lion'"),
     ],

@@ -1,11 +1,89 @@
-"""Progress, tables, and sentences about results."""
+"""Tables, numbers and lines of progress that all commands print alike."""
 
+import datetime
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
+
+from train.run.output import Output
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A table whose first row is its head."""
+    return tabulate(rows[1:], headers=rows[0], tablefmt="github", disable_numparse=True)
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation of runs; None for that of a single run."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "runs": values}
+
+
+def spread(numbers: dict[str, Any]) -> str:
+    """Formats a `summary`: 94.12 ± 0.15."""
+    deviation = f" ± {numbers['std']:.2f}" if numbers["std"] is not None else ""
+    return f"{numbers['mean']:.2f}{deviation}"
+
+
+def machine(starts: list[dict[str, Any]]) -> dict[str, Any]:
+    """For results.json, from a run's "start" events: devices and compile_seconds."""
+    return {
+        "compile_seconds": [start["compile_seconds"] for start in starts],
+        "devices": " and ".join(sorted({start["devices"] for start in starts})),
+    }
+
+
+def changed_settings(
+    config: Any, recipe: Any, ignore: tuple[str, ...]
+) -> dict[str, Any]:
+    """The settings that differ from the recipe's, save those of `Output`."""
+    ignore = (*ignore, *vars(Output()))
+    return {
+        key: value
+        for key, value in vars(config).items()
+        if key not in ignore and value != getattr(recipe, key)
+    }
+
+
+def progress_line(
+    line: dict[str, Any],
+    *,
+    epochs: int,
+    steps: int,
+    seconds_left: float,
+    results: str = "",
+    speed: str = "",
+) -> str:
+    """A line of progress of a training run.
+
+    Args:
+        line: with seed, epoch, step, loss, learning_rate and perhaps b1.
+        epochs: of the run.
+        steps: of the run.
+        seconds_left: until all seeds are done.
+        results: of evaluation, after the loss.
+        speed: such as 1,234 images/s.
+    """
+    parts = [
+        f"seed {line['seed']} epoch {line['epoch']}/{epochs}",
+        f"step {line['step']}/{steps}",
+        f"loss {line['loss']:.4f}",
+        results,
+        f"lr {line['learning_rate']:.2e}",
+        f"b1 {line['b1']:.3f}" if "b1" in line else "",
+        speed,
+        f"{datetime.timedelta(seconds=round(seconds_left))} left",
+    ]
+    return " ".join(filter(None, parts))
+
+
+# ---------------------------------------------------------------------------
+# of train.compare
+# ---------------------------------------------------------------------------
 
 NAMES = {  # name: (optimizer, kind of decay, both in short)
     "sgd": ("SGD, momentum", "L2", "SGD + L2"),
@@ -77,28 +155,6 @@ def table(config: dict[str, Any], results: dict[str, Any]) -> str:
             + (f"{best['seconds_per_run']:.2g}",)
         )
     return markdown(rows)
-
-
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    """A table whose first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = tuple("-" * width for width in widths)
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in (rows[0], line, *rows[1:])
-    )
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation of runs; None where there is one."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "runs": values}
-
-
-def spread(numbers: dict[str, Any]) -> str:
-    """Of a `summary`: 94.12 ± 0.15."""
-    deviation = f" ± {numbers['std']:.2f}" if numbers["std"] is not None else ""
-    return f"{numbers['mean']:.2f}{deviation}"
 
 
 def notes(results: dict[str, Any]) -> list[str]:
