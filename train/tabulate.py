@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train import cars, language_model
-from train.cifar10 import RECIPES
+from train.recipes.cifar10 import RECIPES
 from train.run import report
 
 

@@ -32,10 +32,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from train import cifar10, language_model
+from train import language_model
 from train.bench import timing
 from train.data import batches, text
 from train.models.wide_resnet import WideResNet
+from train.recipes import cifar10
 from train.run import devices, record
 from train.run.report import markdown
 
