@@ -1,0 +1,59 @@
+"""Print the tests of what changed: `python tests/changed.py [COMMIT]`, default HEAD.
+
+A file of adamw_jax/ or train/ is tested by the test file that mirrors it, or by the
+mirrored folder's tests if there is none of its name; a test file by itself. (Not
+pytest-testmon: it traces every line of Python, needs a full run before it knows
+anything, and sees neither the commands that tests start nor the documents.)
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def changed_files(base: str) -> set[str]:
+    """Paths that differ from a commit, and untracked ones that Git does not ignore."""
+    commands = (
+        ["git", "diff", "--name-only", "--diff-filter=d", base],
+        ["git", "ls-files", "--others", "--exclude-standard"],
+    )
+    return {
+        line
+        for command in commands
+        for line in subprocess.run(
+            command, cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+    }
+
+
+def tests_of(path: Path) -> list[Path]:
+    """The paths that pytest is given for one changed file."""
+    if path.parts[0] == "tests":
+        if path.name.startswith("test_"):
+            return [path]
+        # A conftest.py or a helper: the tests beside it, but not the whole suite.
+        return [] if path.parent == Path("tests") else [path.parent]
+    if path.parts[0] in ("adamw_jax", "train"):
+        mirrored = Path("tests", path.parent)
+        test = mirrored / f"test_{path.stem.lstrip('_')}.py"
+        tests = [Path("tests/test_layout.py")]
+        if (ROOT / test).exists():
+            tests.append(test)
+        elif len(path.parts) > 2 and (ROOT / mirrored).exists():
+            tests.append(mirrored)
+        # Doctests are in the library only.
+        return tests + [path] * (path.parts[0] == "adamw_jax" and path.suffix == ".py")
+    if path.suffix == ".md" or path.parts[0] == "colab":
+        return [Path("tests/docs")]
+    return []
+
+
+def tests_to_run(paths: Iterable[str]) -> list[str]:
+    return sorted({str(test) for path in paths for test in tests_of(Path(path))})
+
+
+if __name__ == "__main__":
+    print(*tests_to_run(changed_files(*sys.argv[1:] or ["HEAD"])))
