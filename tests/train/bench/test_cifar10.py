@@ -35,10 +35,11 @@ def multiply_adds(blocks: int, width: int) -> int:
 def test_flops_of_an_image():
     """The article's network; norms and activations are little beside it."""
     flops = cifar10.image_flops(3, 96)
-    assert 1 < flops / (2 * multiply_adds(3, 96)) < 1.002
+    assert 1 < flops / (2 * multiply_adds(3, 96)) < 1.005
     assert flops == pytest.approx(2.526e9, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_bench(tmp_path):
     results = cifar10.main(dataclasses.replace(TINY, out=tmp_path))
     names = ["JAX, many steps a call", "JAX, one step a call", "PyTorch, eager"]
