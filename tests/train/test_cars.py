@@ -198,7 +198,7 @@ def test_two_stages_equal_pytorch(folder, body, tmp_path, monkeypatch):
     theirs.load_state_dict(
         {
             key: torch.tensor(value)
-            for key, value in weights.tensors_of(params, stats, 0).items()
+            for key, value in weights.to_tensors(params, stats, 0).items()
         }
     )
     for module in theirs.modules():
@@ -258,7 +258,7 @@ def test_two_stages_equal_pytorch(folder, body, tmp_path, monkeypatch):
             loss.backward()
             adam.step()
             params, stats, opt = step(stage, params, stats, opt, x, y)
-    ours = weights.tensors_of(params, stats, total)
+    ours = weights.to_tensors(params, stats, total)
     for name, parameter in theirs.named_parameters():
         expected = parameter.detach().numpy()
         np.testing.assert_allclose(ours[name], expected, rtol=1e-9, atol=1e-9)

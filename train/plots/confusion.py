@@ -172,7 +172,7 @@ def _findings(
 # ---------------------------------------------------------------------------
 
 
-def confusion(
+def plot_confusion(
     labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str], path: Path
 ) -> None:
     """Of the images of a class, the share that was taken for each; the worst as text.
@@ -237,7 +237,7 @@ def confusion(
     figure.savefig(path)
 
 
-def mistakes(
+def plot_mistakes(
     probabilities: ArrayLike,
     labels: ArrayLike,
     classes: Sequence[str],
