@@ -302,7 +302,7 @@ def parse_args(args: Sequence[str] | None = None) -> Cifar10 | LanguageModel:
 
     return tyro.cli(
         Annotated[Cifar10, tyro.conf.subcommand("cifar10")]
-        | Annotated[LanguageModel, tyro.conf.subcommand("language_model")],
+        | Annotated[LanguageModel, tyro.conf.subcommand("language-model")],
         prog="python -m train.lr_find",
         description=__doc__,
         args=args,

@@ -29,7 +29,7 @@ def parse_args(args: Sequence[str] | None = None) -> Any:
     configs: Any = functools.reduce(
         operator.or_,
         (
-            Annotated[bench.Config, tyro.conf.subcommand(name)]
+            Annotated[bench.Config, tyro.conf.subcommand(name.replace("_", "-"))]
             for name, bench in BENCHES.items()
         ),
     )

@@ -246,7 +246,7 @@ def report(bench: Bench, results: dict[str, Any], turns: int, devices: str) -> s
         rate = f"{results[bench.probe.rate_key]:.3g} {bench.probe.unit}"
         head += f"; floors at the {rate} of {bench.probe.name}"
     rows, columns = results["rows"], make_columns(bench)
-    table = [("", *columns)]
+    table: list[tuple[str, ...]] = [("", *columns)]
     table += [(name, *(f(row) for f in columns.values())) for name, row in rows.items()]
     for name, reason in results["failed"].items():
         table.append((name, reason, *[""] * (len(columns) - 1)))

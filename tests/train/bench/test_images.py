@@ -49,13 +49,21 @@ def test_a_bench(tmp_path, shallow):
     assert "from random JPEGs of 900 x 600 pixels" in page
 
 
-def test_training_runs_its_steps(tmp_path, shallow):
-    """A turn takes a batch per step, with files from the loader."""
-    config = tiny(tmp_path)
-    files = pictures.read(images.write_images(tmp_path, 8)).train
+def test_training_reads_a_batch_per_step(tmp_path, shallow, monkeypatch):
+    config, read = tiny(tmp_path), []
+    files = pictures.read(images.write_images(tmp_path, 10)).train
+    turn_batches = images.turn_batches
+
+    def count(*args):
+        for batch in turn_batches(*args):
+            read.append(batch["image"].shape)
+            yield batch
+
+    monkeypatch.setattr(images, "turn_batches", count)
     settings = images.make_settings(config, tmp_path)
     program = images.jax_program(config, settings, True, files)
     program.run()
+    assert read == [(4, 32, 32, 3)] * config.steps
     assert program.work is None and program.calls == config.steps
 
 
@@ -89,7 +97,7 @@ def test_flops(tmp_path):
                 lambda module, args, _: macs.append(taps(module, args[0].shape[-1]))
             )
     with torch.device("meta"):
-        net.to("meta")(torch.zeros(1, 3, 224, 224))
+        net.eval().to("meta")(torch.zeros(1, 3, 224, 224))
     head = 4096 * 512 + 512 * images.CLASSES
     settings = images.make_settings(
         tiny(tmp_path, architecture="resnet50", width=64, size=224), tmp_path

@@ -44,11 +44,12 @@ def test_flops_of_a_token():
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "macs"),
     [
         ("lstm", 4 * 8 * (6 + 8) + 4 * 6 * (8 + 6) + 50 * 6),
-        pytest.param("qrnn", 3 * (2 * 6 * 8 + 8 * 6) + 50 * 6, marks=pytest.mark.slow),
+        ("qrnn", 3 * (2 * 6 * 8 + 8 * 6) + 50 * 6),
     ],
 )
 def test_a_bench(tmp_path, model, macs):
