@@ -5,7 +5,9 @@ import json
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from train import language_model
 from train.recipes import language_model as recipe
@@ -58,6 +60,35 @@ def final_state(folder, seed=0):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sharding info not provided")
             return checkpoints.load(None)
+
+
+def train_tiny(out, **changes):
+    """Trains on a text that is in the folder, or written there; returns its run's."""
+    if not (out / "train.txt").exists():
+        write_text(out)
+    config = dataclasses.replace(TINY, data_dir=out, out=out, **changes)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        share_programs(patch)
+        before = jax.config.jax_disable_most_optimizations
+        jax.config.update("jax_disable_most_optimizations", True)
+        language_model.main(config)
+        jax.config.update("jax_disable_most_optimizations", before)
+    return out / "run"
+
+
+def save_state(folder, step, params, average=None, averaged=-1, seed=0):
+    """A checkpoint as training writes it, except for what is not read."""
+    state = recipe.State(
+        jnp.int32(step), params, (jnp.zeros(3),), (jnp.zeros((4, 16)),), jnp.zeros(3),
+        average, jnp.int32(averaged),
+    )  # fmt: skip
+    with checkpoint.open_folder(folder / "checkpoints" / str(seed)) as checkpoints:
+        checkpoint.save(checkpoints, step, state)
+        checkpoints.wait()
 
 
 def change_config(folder, **settings):

@@ -187,11 +187,11 @@ def test_loss_and_gradients_are_those_of_pytorch(kind, dropped_ar):
     args = torch.tensor(x), torch.tensor(y).long(), tensors(state)
     args = *args, torch_awd.as_masks(masks)
     if dropped_ar:
-        their_loss, _ = torch_awd.loss_of(twin, *args, alpha=0.0, beta=BETA)
+        their_loss, _ = torch_awd.loss_fn(twin, *args, alpha=0.0, beta=BETA)
         _, dropped, _ = twin(args[0], *args[2:])
         their_loss = their_loss + ALPHA * dropped.square().mean()
     else:
-        their_loss, _ = torch_awd.loss_of(twin, *args, alpha=ALPHA, beta=BETA)
+        their_loss, _ = torch_awd.loss_fn(twin, *args, alpha=ALPHA, beta=BETA)
     their_loss.backward()
     close(loss, their_loss.detach())
     same_parameters(grads, torch_awd.read(twin, "grad"))
@@ -274,9 +274,9 @@ def test_the_masks_of_the_twin_are_ours_in_shape_and_scale():
 
 def test_the_twin_refuses_what_does_not_fit():
     _, params = build("lstm")
-    with pytest.raises(ValueError, match="params must be of .*input_bias"):
+    with pytest.raises(ValueError, match="params must have .*input_bias"):
         torch_awd.load(torch_awd.AWD(WORDS, EMBEDDING, WIDTH, 2), params)
-    with pytest.raises(ValueError, match=r"must have \(14, 6\) .*, got \(13, 6\)"):
+    with pytest.raises(ValueError, match=r"the shape \(14, 6\) .*, got \(13, 6\)"):
         torch_awd.load(torch_awd.AWD(WORDS + 1, EMBEDDING, WIDTH, LAYERS), params)
 
 
