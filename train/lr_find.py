@@ -13,8 +13,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -297,7 +298,7 @@ def report(curve: lr_finder.Curve, folder: Path) -> str:
     return sentence
 
 
-def parse_args(args: Sequence[str] | None = None) -> Cifar10 | LanguageModel:
+def parse_args(args: list[str]) -> Cifar10 | LanguageModel:
     import tyro
 
     return tyro.cli(
@@ -311,4 +312,4 @@ def parse_args(args: Sequence[str] | None = None) -> Cifar10 | LanguageModel:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args())
+    main(parse_args(sys.argv[1:]))

@@ -6,7 +6,7 @@ python -m train.bench update --help
 
 import functools
 import operator
-from collections.abc import Sequence
+import sys
 from typing import Annotated, Any
 
 import tyro
@@ -24,7 +24,7 @@ BENCHES: dict[str, Any] = {
 }
 
 
-def parse_args(args: Sequence[str] | None = None) -> Any:
+def parse_args(args: list[str]) -> Any:
     """The configuration of the benchmark that the first argument names."""
     configs: Any = functools.reduce(
         operator.or_,
@@ -38,7 +38,7 @@ def parse_args(args: Sequence[str] | None = None) -> Any:
     )
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: list[str]) -> None:
     config = parse_args(args)
     if not isinstance(config, update.Config | packing.Config):  # these time compilation
         devices.use_compilation_cache()
@@ -51,4 +51,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
