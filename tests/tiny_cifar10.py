@@ -6,7 +6,7 @@ from train.data.splits import Images
 from train.recipes.cifar10 import Config
 
 TINY = Config(
-    blocks=1, width=4, epochs=3, batch_size=16, learning_rate=1e-2, name="run"
+    blocks=1, width=4, epochs=5, batch_size=16, learning_rate=1e-2, name="run"
 )
 TRAIN, TEST = 60, 20  # images: three batches of 16 and one of 12
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tiny_cifar10 import TEST, TINY, TRAIN, read_cifar10
+from tiny_cifar10 import TINY, TRAIN, read_cifar10
 
 from train.data import batches
 from train.models.wide_resnet import WideResNet
@@ -185,7 +185,8 @@ def test_sgd_has_decoupled_decay_too():
 
 
 def test_every_image_once_with_the_articles_crops():
-    order, crops = jax.jit(cifar10.draw_epoch, static_argnums=2)(0, 3, 5000)
+    draw_epoch = jax.jit(cifar10.draw_epoch, static_argnums=2)
+    order, crops = draw_epoch(0, 3, 5000)
     np.testing.assert_array_equal(np.sort(order), range(5000))
     assert crops.dtype == np.uint8
     counts = [np.bincount(np.asarray(crops)[:, i]) for i in range(3)]
@@ -194,8 +195,7 @@ def test_every_image_once_with_the_articles_crops():
         expected = 5000 / len(count)
         assert (abs(count - expected) < 5 * np.sqrt(expected)).all()
     again, other_epoch, other_seed = (
-        np.asarray(cifar10.draw_epoch(*which, 5000)[0])
-        for which in ((0, 3), (0, 4), (1, 3))
+        np.asarray(draw_epoch(*which, 5000)[0]) for which in ((0, 3), (0, 4), (1, 3))
     )
     np.testing.assert_array_equal(order, again)
     assert (order != other_epoch).mean() > 0.9 and (order != other_seed).mean() > 0.9
@@ -247,52 +247,103 @@ def plain_epoch(config, step, state, train, seed, epoch):
     return (params, stats, opt), losses
 
 
-def test_epochs_equal_a_plain_loop():
+@functools.cache
+def compiled(config, mesh):
+    """As the command has them."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    train, test = read_cifar10()
+    x, y, test_x = jax.device_put(
+        (batches.padded(train.x), train.y, test.x[None]), everywhere
+    )
+    programs = cifar10.build(config, mesh, TRAIN)
+    return cifar10.compile_programs(programs, x, y, test_x, cifar10.TTA_PASSES)
+
+
+@functools.cache
+def compiled(n_devices):
+    """The programs as the command has them."""
+    mesh = Mesh(np.array(jax.devices()[:n_devices]), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    train, test = read_cifar10()
+    x, y, test_x = jax.device_put(
+        (batches.padded(train.x), train.y, test.x[None]), everywhere
+    )
+    programs = cifar10.build(TINY, mesh, TRAIN)
+    return cifar10.compile_programs(programs, x, y, test_x, cifar10.TTA_PASSES)
+
+
+@pytest.mark.parametrize("n_devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_epochs_equal_a_plain_loop(n_devices):
     """Split over devices or not: batch norm over all of a batch, no image left out.
 
     Every epoch and every seed has an order of its own.
     """
-    config = dataclasses.replace(TINY, train_size=TRAIN)
     train, _ = read_cifar10()
-    padded, step = batches.padded(train.x), plain_step(config)
-    for n_devices, runs in ((1, [(5, 2)]), (2, [(5, 2), (5, 3), (6, 0)])):
-        mesh = Mesh(np.array(jax.devices()[:n_devices]), ("data",))
-        programs = cifar10.build(config, mesh, TRAIN)
-        initial_state = jax.jit(programs.initial_state)
-        program = jax.jit(programs.train_epoch)
-        for seed, epoch in runs:
-            state = initial_state(seed)
-            ours, our_losses = program(state, padded, train.y, seed, epoch)
-            (params, stats, _), losses = plain_epoch(
-                config, step, state, train, seed, epoch
+    step = plain_step(TINY)
+    program = compiled(n_devices)
+    for seed, epoch in ((5, 2), (5, 3), (6, 0)):
+        state = program.initial_state(np.int32(seed))
+        start = jax.tree.map(np.array, state)  # the state is donated
+        ours, our_losses = program.train_epoch(state, np.int32(seed), np.int32(epoch))
+        (params, stats, _), losses = plain_epoch(TINY, step, start, train, seed, epoch)
+        assert ours.step == 4
+        np.testing.assert_allclose(our_losses, losses, rtol=1e-4)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4),
+            (ours.params, ours.stats),
+            (params, stats),
+        )
+
+
+@functools.cache
+def plain_softmax():
+    net = cifar10.make_network(TINY, 0)
+    graph, *_ = nnx.split(
+        nnx.view(net, use_running_average=True), nnx.Param, nnx.BatchStat
+    )
+
+    @jax.jit
+    def softmax(params, stats, x):
+        logits = nnx.merge(graph, params, stats)(batches.normalise(x))
+        return jax.nn.softmax(logits)
+
+    return softmax
+
+
+def plain_evaluation(state, x, seed, augmented):
+    """A loop over images that are cropped by NumPy slices."""
+    softmax = plain_softmax()
+    key = jax.random.fold_in(jax.random.key(seed), TINY.epochs)
+    crops = np.asarray(cifar10.random_crops(key, (len(x), augmented, x.shape[1])))
+    found = []
+    for images, tables in zip(x, crops, strict=True):
+        views = [images]
+        pad = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="symmetric")
+        for crop in tables:
+            view = np.stack(
+                [
+                    p[r : r + 32, c : c + 32]
+                    for p, (r, c, _) in zip(pad, crop, strict=True)
+                ]
             )
-            assert ours.step == 4
-            np.testing.assert_allclose(our_losses, losses, rtol=1e-4)
-            jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4),
-                (ours.params, ours.stats),
-                (params, stats),
-            )
+            flips = crop[:, 2, None, None, None]
+            views.append(np.where(flips, view[:, :, ::-1], view))
+        each = [softmax(state.params, state.stats, view) for view in views]
+        found.append(np.mean(each, 0))
+    return np.stack(found)
 
 
 def test_compiled_programs():
     """The state is donated; the last evaluation has five passes; nothing is traced."""
-    mesh = devices.data_mesh()
-    programs = cifar10.build(TINY, mesh, TRAIN)
-    train, test = read_cifar10()
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    x, y, test_x = jax.device_put(
-        (batches.padded(train.x), train.y, test.x[None]), everywhere
-    )
-    program = cifar10.compile_programs(programs, x, y, test_x, 4)
+    program = compiled(2)
     zero = np.int32(0)
     state = program.initial_state(zero)
-    found = program.evaluate_last(state, zero)
-    assert not np.allclose(found, program.evaluate(state, zero), rtol=1e-4)
-    np.testing.assert_allclose(
-        found, jax.jit(programs.evaluate, static_argnums=3)(state, test_x, zero, 4),
-        rtol=1e-5,
-    )  # fmt: skip
+    _, test = read_cifar10()
+    for evaluate, passes in ((program.evaluate, 0), (program.evaluate_last, 4)):
+        expected = plain_evaluation(state, test.x[None], 0, passes)
+        np.testing.assert_allclose(
+            evaluate(state, zero), expected, rtol=2e-4, atol=1e-6
+        )
     leaf = jax.tree.leaves(state.params)[0]
     state, _ = program.train_epoch(state, zero, zero)
     assert leaf.is_deleted()
@@ -324,29 +375,8 @@ def test_evaluation_equals_a_plain_loop(augmented):
     _, test = read_cifar10()
     x = test.x.reshape(2, 10, 32, 32, 3)
     found = jax.jit(programs.evaluate, static_argnums=3)(state, x, 7, augmented)
-    net = cifar10.make_network(TINY, 0)
-    nnx.update(net, state.params, state.stats)
-    graph, weights = nnx.split(nnx.view(net, use_running_average=True))
-
-    @jax.jit
-    def softmax(x):
-        return jax.nn.softmax(nnx.merge(graph, weights)(batches.normalise(x)))
-
-    key = jax.random.fold_in(jax.random.key(7), TINY.epochs)
-    crops = np.asarray(cifar10.random_crops(key, (2, augmented, 10)))
-    for i in range(2):
-        views = [x[i]]
-        pad = np.pad(x[i], ((0, 0), (4, 4), (4, 4), (0, 0)), mode="symmetric")
-        for crop in crops[i]:
-            view = [
-                p[r : r + 32, c : c + 32]
-                for p, (r, c, _) in zip(pad, crop, strict=True)
-            ]
-            flips = crop[:, 2, None, None, None]
-            views.append(np.where(flips, np.stack(view)[:, :, ::-1], np.stack(view)))
-        expected = np.mean([softmax(view) for view in views], 0)
-        np.testing.assert_allclose(found[i], expected, rtol=2e-4, atol=1e-6)
-    assert TEST == 20
+    expected = plain_evaluation(state, x, 7, augmented)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.slow
