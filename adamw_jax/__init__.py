@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import lr_finder as lr_finder
 from ._transformation import Transformation as Transformation
 from .apply import apply_updates as apply_updates
 from .apply import describe_step as describe_step
