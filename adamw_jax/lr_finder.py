@@ -15,7 +15,7 @@ import optax
 
 from .apply import apply_updates
 from .optimizers import adamw
-from .schedules.phases import range_test
+from .schedules.cycles import range_test
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

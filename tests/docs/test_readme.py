@@ -13,7 +13,7 @@ import torch
 
 import adamw_jax as aj
 from train import tabulate
-from train.run import record
+from train.run.log import read_events
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -81,10 +81,10 @@ def test_numbers_in_sentences():
         tuned = json.loads(path.read_text("utf-8"))
         best = " / ".join(f"{tuned[split]['tuned']:.2f}" for split in ("valid", "test"))
         assert best in text
-    (epoch,) = record.lines_of(RESULTS / "wikitext2" / "cpu-first-epoch", "epoch", 0)
+    (epoch,) = read_events(RESULTS / "wikitext2" / "cpu-first-epoch", "epoch", 0)
     assert f"validation loss {epoch['valid_loss']:.3f}" in text
 
-    (body,) = record.lines_of(RESULTS / "cars" / "cpu" / "cifar10-body", "end", 0)
+    (body,) = read_events(RESULTS / "cars" / "cpu" / "cifar10-body", "end", 0)
     accuracy = f"test accuracy {body['plain_accuracy']:.2f} %"
     assert accuracy in page_text("reproduce/cars.md")
 
