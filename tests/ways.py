@@ -52,14 +52,3 @@ def assert_close(one, other, ulps=4):
         scale = np.nanmax(np.abs(y), initial=0, where=np.isfinite(y)) if y.ndim else 1
         atol = ulps * scale * ULP["float32"]
         np.testing.assert_allclose(x, y, rtol=ulps * ULP["float32"], atol=atol)
-
-
-def slow_but(quick, values):
-    """Parameters of which only some belong to the quick tier."""
-    return [
-        pytest.param(
-            *(value if isinstance(value, tuple) else (value,)),
-            marks=() if value in quick else pytest.mark.slow,
-        )
-        for value in values
-    ]

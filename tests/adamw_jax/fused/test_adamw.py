@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from reference import adam_loop
+from tiers import matrix
 from ways import (
     ULP,
     WAYS,
@@ -18,7 +19,6 @@ from ways import (
     draws,
     needs_kernel,
     program,
-    slow_but,
     trajectory,
 )
 
@@ -58,7 +58,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(("phases", "masked", "maximize", "accumulated"), OPTIMIZERS)
+    "name", matrix(OPTIMIZERS, quick=("phases", "masked", "maximize", "accumulated"))
 )
 def test_a_training(name, lenient):
     """The same parameters and the same state as by two calls."""
@@ -363,11 +363,13 @@ def test_other_platforms_get_xla(lowering):
 @needs_kernel
 @pytest.mark.parametrize(
     ("axes", "spec", "accumulated"),
-    slow_but(
-        [("Auto", ("x",), False), ("Explicit", (None, "x"), True)],
-        itertools.product(
-            ["Auto", "Explicit"], [("x",), (None, "x"), ()], [False, True]
+    matrix(
+        list(
+            itertools.product(
+                ["Auto", "Explicit"], [("x",), (None, "x"), ()], [False, True]
+            )
         ),
+        quick=[("Auto", ("x",), False), ("Explicit", (None, "x"), True)],
     ),
 )
 def test_two_devices(axes, spec, accumulated):
@@ -491,7 +493,7 @@ CLIPPED = {
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(("adamw", "inside freeze", "accumulated"), CLIPPED)
+    "name", matrix(CLIPPED, quick=("adamw", "inside freeze", "accumulated"))
 )
 def test_clipped(lenient, name):
     tx = CLIPPED[name]()

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ways import ULP, assert_close, draws, needs_kernel, program, slow_but
+from tiers import matrix
+from ways import ULP, assert_close, draws, needs_kernel, program
 
 import adamw_jax as aj
 from adamw_jax.fused import kernel
@@ -26,10 +27,14 @@ def scalars(weight_decay=0.1, eps=1e-8, eps_root=0.0, factor=1.0):
 @needs_kernel
 @pytest.mark.parametrize(
     ("size", "p_dtype", "g_dtype"),
-    slow_but(
-        [(0, "float32", "float32"), (1, "float32", "bfloat16")]
-        + [(63, "bfloat16", "bfloat16"), (100_003, "float32", "float32")],
-        itertools.product(SIZES, ULP, ULP),
+    matrix(
+        list(itertools.product(SIZES, ULP, ULP)),
+        quick=[
+            (0, "float32", "float32"),
+            (1, "float32", "bfloat16"),
+            (63, "bfloat16", "bfloat16"),
+            (100_003, "float32", "float32"),
+        ],
     ),
 )
 def test_one_leaf(size, p_dtype, g_dtype):
