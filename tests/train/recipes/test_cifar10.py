@@ -121,31 +121,6 @@ def _fields(state):
     return [jax.tree_util.keystr(path) for path, _ in leaves]
 
 
-def test_other_optimizers_follow_the_learning_rate():
-    config = dataclasses.replace(
-        TINY, optimizer="optax.lion", weight_decay=0.0, learning_rate=1e-2
-    )
-    schedule = cifar10.make_schedule(config, 4)
-    assert set(schedule.at(0)) == {"learning_rate"}  # and nothing else
-    tx = make_optimizer(config, schedule)
-    params = jnp.ones(1)
-    state = tx.init(params)
-    for step in range(3):
-        updates, state = tx.update(jnp.ones(1), state, params)
-        rate = schedule.at(step)["learning_rate"]
-        np.testing.assert_allclose(updates, -rate, rtol=1e-6)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "optax.adamw"])
-def test_no_decay_is_no_decay(optimizer):
-    """Not AdamW's default of 1e-4."""
-    config = dataclasses.replace(TINY, optimizer=optimizer, weight_decay=0.0)
-    tx = make_optimizer(config, cifar10.make_schedule(config, 4))
-    params = jnp.array([5.0])
-    updates, _ = tx.update(jnp.zeros(1), tx.init(params), params)
-    assert updates == 0
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -245,18 +220,6 @@ def plain_epoch(config, step, state, train, seed, epoch):
         params, stats, opt, loss = step(params, stats, opt, x, y)
         losses.append(float(loss))
     return (params, stats, opt), losses
-
-
-@functools.cache
-def compiled(config, mesh):
-    """As the command has them."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    train, test = read_cifar10()
-    x, y, test_x = jax.device_put(
-        (batches.padded(train.x), train.y, test.x[None]), everywhere
-    )
-    programs = cifar10.build(config, mesh, TRAIN)
-    return cifar10.compile_programs(programs, x, y, test_x, cifar10.TTA_PASSES)
 
 
 @functools.cache
