@@ -305,7 +305,7 @@ def parse_args(args: list[str]) -> Cifar10 | LanguageModel:
         Annotated[Cifar10, tyro.conf.subcommand("cifar10")]
         | Annotated[LanguageModel, tyro.conf.subcommand("language-model")],
         prog="python -m train.lr_find",
-        description=__doc__,
+        description="Finds a learning rate for one of the article's networks.",
         args=args,
     )
 

@@ -1,4 +1,4 @@
-"""Benchmarks, each a table of times: python -m train.bench NAME [options].
+"""Benchmarks, each of which prints and writes a table of times.
 
 python -m train.bench --help
 python -m train.bench update --help
@@ -33,12 +33,14 @@ def parse_args(args: list[str]) -> Any:
             for name, bench in BENCHES.items()
         ),
     )
+    description = "Benchmarks, each of which prints and writes a table of times."
     return tyro.cli(
-        configs, prog="python -m train.bench", description=__doc__, args=args
+        configs, prog="python -m train.bench", description=description, args=args
     )
 
 
 def main(args: list[str]) -> None:
+    """Runs the benchmark that the command line names."""
     config = parse_args(args)
     if not isinstance(config, update.Config | packing.Config):  # these time compilation
         devices.use_compilation_cache()

@@ -21,7 +21,7 @@ the bandwidth of a copy of the same number of parameters, timed in the same turn
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,18 +67,34 @@ def check(config: Config) -> None:
 # ---------------------------------------------------------------------------
 
 SUM, ADAMW, WINDOW_END = 12, 28, 32  # bytes per parameter, at least
-ONE_CALL, TWO_CALLS = "update_and_apply", "two calls"
-ADAMW_NAME, BARE_SUM = "AdamW", "sum"
+ADAMW_ONE_CALL, ADAMW_TWO_CALLS = "AdamW, update_and_apply", "AdamW, two calls"
+
+
+class Method(NamedTuple):
+    """A way to process a micro-batch.
+
+    Attributes:
+        init: makes the state.
+        step: processes a micro-batch.
+        peer: the row of the AdamW that is applied in the same way.
+        work: bytes per parameter; with windows, inside of one and at its end.
+    """
+
+    init: Callable[[Any], Any]
+    step: Callable[..., Any]
+    peer: str
+    work: tuple[int] | tuple[int, int]
 
 
 class Step:
     """Parameters and state that a compiled step advances."""
 
-    def __init__(self, config: Config, grads: Any, init: Callable, step: Callable):
+    def __init__(self, config: Config, grads: Any, method: Method):
         self.params, self.grads = random_tree(0, config), grads
-        self.state = init(self.params)
+        self.state = method.init(self.params)
         args = self.params, self.state, self.grads
-        self.compiled: Any = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+        step = jax.jit(method.step, donate_argnums=(0, 1))
+        self.compiled: Any = step.lower(*args).compile()
 
     def run(self, calls: int) -> None:
         for _ in range(calls):
@@ -109,43 +125,36 @@ def in_two_calls(tx, params, state, grads):
     return aj.apply_updates(params, updates), state
 
 
-def make_steps(every_k: int) -> dict[str, tuple[Callable[[Any], Any], Callable]]:
-    """What initializes the state, and the step, by name."""
+def make_methods(every_k: int) -> dict[str, Method]:
     adamw = aj.adamw(1e-3, weight_decay=0.1)
     ours = aj.accumulate_gradients(adamw, every_k)
     theirs: Any = optax.MultiSteps(adamw, every_k)
+    one_call = functools.partial(functools.partial, in_one_call)
+    two_calls = functools.partial(functools.partial, in_two_calls)
 
-    def sum_gradients(params, state, grads):
+    def zeros(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def add(params, state, grads):
         return params, jax.tree.map(jnp.add, state, grads)
 
+    window = SUM, WINDOW_END
     return {
-        f"accumulate_gradients, {ONE_CALL}": (
-            ours.init,
-            functools.partial(in_one_call, ours),
+        "accumulate_gradients, update_and_apply": Method(
+            ours.init, one_call(ours), ADAMW_ONE_CALL, window
         ),
-        f"accumulate_gradients, {TWO_CALLS}": (
-            ours.init,
-            functools.partial(in_two_calls, ours),
+        "accumulate_gradients, two calls": Method(
+            ours.init, two_calls(ours), ADAMW_TWO_CALLS, window
         ),
-        f"optax.MultiSteps, {TWO_CALLS}": (
-            theirs.init,
-            functools.partial(in_two_calls, theirs),
+        "optax.MultiSteps, two calls": Method(
+            theirs.init, two_calls(theirs), ADAMW_TWO_CALLS, window
         ),
-        f"{ADAMW_NAME}, {ONE_CALL}": (
-            adamw.init,
-            functools.partial(in_one_call, adamw),
+        ADAMW_ONE_CALL: Method(adamw.init, one_call(adamw), ADAMW_ONE_CALL, (ADAMW,)),
+        ADAMW_TWO_CALLS: Method(
+            adamw.init, two_calls(adamw), ADAMW_TWO_CALLS, (ADAMW,)
         ),
-        f"{ADAMW_NAME}, {TWO_CALLS}": (
-            adamw.init,
-            functools.partial(in_two_calls, adamw),
-        ),
-        BARE_SUM: (lambda p: jax.tree.map(jnp.zeros_like, p), sum_gradients),
+        "the bare sum": Method(zeros, add, ADAMW_ONE_CALL, (SUM,)),
     }
-
-
-def accumulates(name: str) -> bool:
-    """Whether a step has windows."""
-    return name != BARE_SUM and not name.startswith(ADAMW_NAME)
 
 
 # ---------------------------------------------------------------------------
@@ -158,21 +167,17 @@ def make_bench(config: Config) -> Bench:
     programs: dict[str, Callable[[], Program]] = {}
     totals: dict[str, tuple[str, ...]] = {}
     ratios: list[tuple[str, str]] = []
-    for name, (init, step) in make_steps(every_k).items():
-        make = functools.cache(functools.partial(Step, config, grads, init, step))
-        if accumulates(name):
+    for name, method in make_methods(every_k).items():
+        make = functools.cache(functools.partial(Step, config, grads, method))
+        rows, calls = (name,), (every_k,)
+        if len(method.work) == 2:
             # two rows that share a state: they run one after the other in each turn
             rows = f"{name}: inside a window", f"{name}: end of a window"
-            programs[rows[0]] = make_program(make, every_k - 1, SUM * size)
-            programs[rows[1]] = make_program(make, 1, WINDOW_END * size)
+            calls = every_k - 1, 1
             totals[f"{name}: mean"] = rows
-            rows = (*rows, f"{name}: mean")
-        else:
-            work = SUM if name == BARE_SUM else ADAMW
-            programs[name] = make_program(make, every_k, work * size)
-            rows = (name,)
-        call = ONE_CALL if name.endswith(ONE_CALL) or name == BARE_SUM else TWO_CALLS
-        ratios += [(row, f"{ADAMW_NAME}, {call}") for row in rows]
+        for row, number, work in zip(rows, calls, method.work, strict=True):
+            programs[row] = functools.partial(make_program, make, number, work * size)
+        ratios += [(row, method.peer) for row in (*rows, f"{name}: mean")]
     return Bench(
         f"{size:,} float32 parameters in {config.leaves} leaves",
         "micro-batch",
@@ -189,15 +194,10 @@ def make_bench(config: Config) -> Bench:
     )
 
 
-def make_program(
-    make_step: Callable[[], Step], calls: int, work: float
-) -> Callable[[], Program]:
-    def make() -> Program:
-        step = make_step()
-        figures = {"temporary_bytes": step.temporary_bytes()}
-        return Program(functools.partial(step.run, calls), calls, work, figures)
-
-    return make
+def make_program(make_step: Callable[[], Step], calls: int, work: int) -> Program:
+    step = make_step()
+    figures = {"temporary_bytes": step.temporary_bytes()}
+    return Program(functools.partial(step.run, calls), calls, work, figures)
 
 
 def main(config: Config) -> dict[str, Any]:

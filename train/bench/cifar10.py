@@ -97,7 +97,7 @@ def jax_program(
     return Program(run, config.steps, work)
 
 
-def torch_program(config: Config, compile: bool, work: float, x, y) -> Program:
+def torch_program(config: Config, compiled: bool, work: float, x, y) -> Program:
     """The same steps in PyTorch: images on the device, channels last, autocast."""
     import torch
 
@@ -125,7 +125,7 @@ def torch_program(config: Config, compile: bool, work: float, x, y) -> Program:
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             return torch.nn.functional.cross_entropy(net(batch), labels[index])
 
-    if compile:
+    if compiled:
         loss_fn = torch.compile(loss_fn)
 
     def run():

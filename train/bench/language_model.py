@@ -123,7 +123,7 @@ def jax_program(
 
 
 def torch_program(
-    config: Config, settings: recipe.Config, compile: bool, tokens, work: float
+    config: Config, settings: recipe.Config, compiled: bool, tokens, work: float
 ) -> Program:
     """The same steps in PyTorch: text on the device, autocast."""
     import torch
@@ -148,7 +148,7 @@ def torch_program(
         fused=True,
     )
     step = functools.partial(
-        torch.compile(torch_awd.train_step) if compile else torch_awd.train_step,
+        torch.compile(torch_awd.train_step) if compiled else torch_awd.train_step,
         net,
         optimizer,
         rates=recipe.dropout_rates(settings),
@@ -184,14 +184,14 @@ def make_bench(config: Config) -> Bench:
     work = 3 * token_flops(settings, config.words) * units
 
     @functools.cache
-    def compiled():
+    def compiled_programs():
         return compile_programs(config, settings, tokens)
 
     def ours(steps_per_call: int) -> Program:
-        return jax_program(config, steps_per_call, *compiled(), work)
+        return jax_program(config, steps_per_call, *compiled_programs(), work)
 
-    def torch(compile: bool) -> Program:
-        return torch_program(config, settings, compile, tokens, work)
+    def torch(compiled: bool) -> Program:
+        return torch_program(config, settings, compiled, tokens, work)
 
     loop = ", a loop over time" if config.model == "qrnn" else ""
     return training.make_bench(
