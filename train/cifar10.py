@@ -29,7 +29,7 @@ from train.data import batches
 from train.data import cifar10 as data
 from train.data.splits import Images
 from train.evals import classify
-from train.plots import pictures as plots
+from train.plots import curves
 from train.recipes.cifar10 import (
     ARTICLE,
     RECIPES,
@@ -215,7 +215,7 @@ def print_progress(config: Config, schedule: Phases, line: dict, left: float) ->
 
 def draw(run: Run, schedule: Phases) -> None:
     path = run.folder / "curves.png"
-    plots.training(run.lines(), schedule, run.config.epochs, path)
+    curves.plot_classifier(run.lines(), schedule, run.config.epochs, path)
 
 
 def report(run: Run, schedule: Phases) -> dict[str, Any]:

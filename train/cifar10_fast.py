@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from train.data import cifar10 as data
-from train.plots import pictures as plots
+from train.plots import curves
 from train.recipes.check import check_options
 from train.recipes.cifar10_fast import (
     Config,
@@ -172,7 +172,7 @@ def report(run: Run, losses) -> None:
     write_json(run.folder / "results.json", results)
     if losses is not None:
         path = run.folder / "curves.png"
-        plots.many_seeds(ends, losses, make_schedule(config), config.target, path)
+        curves.plot_seeds(ends, losses, make_schedule(config), config.target, path)
     print(format_results(config, results), f"Wrote {run.folder}.", sep="\n")
 
 
