@@ -53,6 +53,24 @@ def cifar_dir(tmp_path_factory):
         yield root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    """One compilation for all runs of the module, which share their settings."""
+    compile_and_warm_up, programs = cifar10_fast.compile_and_warm_up, []
+
+    def once(run, *args):
+        if not programs:
+            programs.append(compile_and_warm_up(run, *args))
+        else:
+            run.start(1.0)
+            run.log("warm", cold_seconds=2.0)
+        return programs[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10_fast, "compile_and_warm_up", once)
+        yield
+
+
 CONFIG = dataclasses.replace(TINY, name="a", seeds=3, first_seed=5)
 
 
@@ -76,7 +94,7 @@ def read_ends(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(cifar_dir, tmp_path_factory):
+def finished(quick_compilation, compile_once, cifar_dir, tmp_path_factory):
     """A run of three seeds, which no test changes."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,

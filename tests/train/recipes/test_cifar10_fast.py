@@ -299,6 +299,7 @@ def test_a_seed_decides_everything():
     np.testing.assert_array_equal(one[0].kernel, other[0].kernel)
 
 
+@pytest.mark.slow
 def test_half_precision_trains_the_same_network():
     x, y = pictures(100)
     half, losses = program(jnp.bfloat16)(np.uint32(0), x, y)
