@@ -1,6 +1,7 @@
 """A tiny text and a tiny model, for the tests of train.language_model and its kin."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from train import language_model
+from train.evals import perplexity
 from train.recipes import language_model as recipe
 from train.run import checkpoint, log
 
@@ -24,7 +26,7 @@ SALESFORCE = {
     **{"scale_by_length": True, "ar": "dropped", "optimizer": "sgd", "clip": 0.25},
     **{"learning_rate": 3.0, "b1": (0.0, 0.0), "schedule": "constant"},
 }
-AVERAGED = {**SALESFORCE, "chunks": "salesforce", "average_after": 1, "epochs": 6}
+AVERAGED = {**SALESFORCE, "chunks": "salesforce", "average_after": 1, "epochs": 4}
 
 
 def write_text(folder, words=WORDS):
@@ -108,6 +110,7 @@ def close(ours, expected, tolerance):
 # ---------------------------------------------------------------------------
 
 build, compile_programs = recipe.build, recipe.compile_programs
+reader = functools.cache(perplexity.reader)
 _programs, _compiled = {}, {}
 
 
@@ -133,5 +136,6 @@ def compile_once(programs, columns, table):
 
 def share_programs(monkeypatch):
     """Makes runs of the same hyperparameters in one process share their programs."""
+    monkeypatch.setattr(perplexity, "reader", reader)
     monkeypatch.setattr(recipe, "build", build_once)
     monkeypatch.setattr(recipe, "compile_programs", compile_once)

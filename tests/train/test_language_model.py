@@ -533,7 +533,7 @@ def test_the_shortest_text(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "model", "recipe", "small"),
+    ("args", "model", "name", "small"),
     [
         ([], "lstm", "adam-l2", True),
         (["qrnn"], "qrnn", "adam-l2", True),
@@ -543,10 +543,10 @@ def test_the_shortest_text(run, tmp_path):
         (["--data_dir", "x"], "lstm", "adam-l2", False),
     ],
 )
-def test_model_recipe_and_data_change_the_other_defaults(args, model, recipe, small):
+def test_model_recipe_and_data_change_the_other_defaults(args, model, name, small):
     config = language_model.parse_args(args)
     data_dir = None if small else Path("x")
-    expected = recipe.defaults(model, recipe, small)
+    expected = language_model.defaults(model, name, small)
     assert config == dataclasses.replace(expected, data_dir=data_dir)
     given = ["--epochs", "7", "--b1", "0.9", "0.6", "--optimizer-args", "eps", "1e-6"]
     more = {"epochs": 7, "b1": (0.9, 0.6), "optimizer_args": {"eps": 1e-6}}
@@ -584,14 +584,14 @@ def kill_at(moment, kill, patch):
 
     def append(path, line):
         point = moment, line["event"], line.get("epoch")
-        if point == ("in the line", "epoch", 3):
+        if point == ("in the line", "epoch", 2):
             with path.open("a") as file:
                 file.write(json.dumps(line)[:40])
             kill()
         if point == ("before the end", "end", None):
             kill()
         append_line(path, line)
-        if point == ("after the line", "epoch", 5):
+        if point == ("after the line", "epoch", 4):
             kill()
 
     def save_and_kill(checkpoints, step, state):
