@@ -29,7 +29,7 @@ def changed_files(base: str) -> set[str]:
     }
 
 
-def tests_of(path: Path) -> list[Path]:
+def mirrors(path: Path) -> list[Path]:
     """The paths that pytest is given for one changed file."""
     if path.parts[0] == "tests":
         if path.name.startswith("test_"):
@@ -51,9 +51,11 @@ def tests_of(path: Path) -> list[Path]:
     return []
 
 
-def tests_to_run(paths: Iterable[str]) -> list[str]:
-    return sorted({str(test) for path in paths for test in tests_of(Path(path))})
+def select(changed: Iterable[str]) -> list[str]:
+    """The paths for all changed files, without those inside of others."""
+    paths = {test for path in changed for test in mirrors(Path(path))}
+    return sorted(str(path) for path in paths if not paths & set(path.parents))
 
 
 if __name__ == "__main__":
-    print(*tests_to_run(changed_files(*sys.argv[1:] or ["HEAD"])))
+    print(*select(changed_files(*sys.argv[1:] or ["HEAD"])))

@@ -5,6 +5,7 @@ import os
 import pickle
 from pathlib import Path
 
+import chex
 import jax
 import jaxlib
 import numpy as np
@@ -54,6 +55,7 @@ settings.load_profile("quick")  # --hypothesis-profile full loads the other
 
 @pytest.fixture(autouse=True)
 def strict():
+    chex.clear_trace_counter()  # chex.assert_max_traces counts within one test
     with (
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),

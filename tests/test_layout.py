@@ -13,9 +13,11 @@ COMMANDS = sorted((ROOT / "train").glob("*.py"))
 ROOMS = ["recipes", "models", "data", "evals", "plots", "run", "references"]
 LIBRARY = ROOT / "adamw_jax"
 # The library's core, which knows none of its extras.
-CORE_FILES = ("optimizers", "hyperparams", "masks", "apply", "_tree", "_checks")
+CORE_FILES = (
+    *("optimizers", "hyperparams", "masks", "apply"),
+    *("_tree", "_checks", "_transformation"),
+)
 CORE = [LIBRARY / f"{name}.py" for name in CORE_FILES]
-CORE = [path for path in CORE if path.exists()]
 CORE += [
     p for room in ("transforms", "schedules") for p in (LIBRARY / room).glob("*.py")
 ]

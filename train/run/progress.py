@@ -55,3 +55,26 @@ def _lines(total: int, unit: str) -> Iterator[Advance]:
             )
 
     yield advance
+
+
+class Pace:
+    """How long the rest of a run takes, from the pace of this process.
+
+    Args:
+        total: steps or epochs to do.
+    """
+
+    def __init__(self, total: int):
+        self.remaining = total
+        self._done = 0
+        self._start = time.perf_counter()
+
+    def skip(self, n: int) -> None:
+        """Counts out what an earlier process has done."""
+        self.remaining -= n
+
+    def advance(self, n: int = 1) -> float:
+        """Counts what has just been done; returns the seconds that are left."""
+        self._done += n
+        self.remaining -= n
+        return (time.perf_counter() - self._start) / self._done * self.remaining
