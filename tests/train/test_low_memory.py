@@ -49,8 +49,8 @@ def test_the_table(cifar_dir, tmp_path, monkeypatch, capsys, two_of_ours):
         assert row["loss"]["mean"] == pytest.approx(np.mean(row["loss"]["runs"]))
         assert len(row["accuracy"]["runs"]) == 2
 
-    # counts, the hyperparameters and theirs, the key
-    scalars = 4 + 4 + 4 * 4 + 4 * 4 + 4 * 1 + 4 * 4
+    # step, count; four hyperparameters, their last values, flags; logs of b1 and b2
+    scalars = 4 * (2 + 4 + 4 + 4 + 4)
     float32 = rows["float32"]["bytes_per_parameter"] * PARAMETERS
     assert 8 * PARAMETERS < float32 <= 8 * PARAMETERS + scalars
     saved = float32 - rows["8 bits"]["bytes_per_parameter"] * PARAMETERS

@@ -34,7 +34,7 @@ def page(config: dict[str, Any], results: dict[str, Any]) -> str:
 
 
 def task(config: dict[str, Any]) -> str:
-    """Data set and length of the training."""
+    """Data set and training in one sentence."""
     return (
         f"{config['dataset']}: {config['train_size']} training images, "
         f"{100 * config['label_noise']:g} % of them mislabelled; "

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
@@ -182,30 +181,6 @@ def plot_switches(
     figure.align_ylabels([top, bottom])
     hide_spines(top, bottom)
     figure.savefig(path)
-
-
-def learning_rates(found: Any) -> Figure:
-    """The curve of a range test, without its first ten and last five points."""
-    figure = new_figure(8, 5)
-    ax = figure.subplots()
-    curve = np.stack(found[:3])  # rates, losses and smoothed losses
-    rates, losses, smoothed = curve[:, 10:-5] if curve.shape[1] > 16 else curve
-    ax.plot(rates, losses, ".", color="#7f7f7f", alpha=0.5, ms=4, label="each batch")
-    ax.plot(rates, smoothed, color=COLOURS["adamw"], lw=2, label="smoothed")
-    ax.set_xscale("log")
-    low, high = min(losses, default=0), max(smoothed, default=0)
-    if high > low:  # some losses lie far above
-        ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-    if found.why_not() is None:
-        for name, style in (("suggestion", "-"), ("steepest", ":")):
-            rate = getattr(found, name)
-            label = f"{name}, {rate:.2g}"
-            ax.axvline(rate, color=COLOURS["adam-l2"], ls=style, label=label)
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("training loss")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-    return figure
 
 
 # ---------------------------------------------------------------------------

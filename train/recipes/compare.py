@@ -1,4 +1,4 @@
-"""The comparison of Adam + L2 with AdamW: tasks, networks, optimizers, grids, one run.
+"""The comparison of AdamW with Adam + L2: tasks, grids, networks, optimizers, a run.
 
 A run is a pure function, and one program trains many runs.
 """
@@ -27,7 +27,7 @@ from train.recipes.check import Rules, check_options
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A task, and how much of it is tried."""
+    """A task, its network, and the size of the comparison."""
 
     dataset: Literal["digits", "cifar10"] = "digits"
     train_size: int = 400  # training images

@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from train.evals import statistics
+
+
+def test_the_interval_is_that_of_scipy():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 7)
+    interval = statistics.confidence_interval(values)
+    expected = stats.t.interval(0.95, 6, values.mean(), stats.sem(values))
+    assert interval["mean"] == values.mean()
+    assert (interval["low"], interval["high"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_interval_covers_the_mean_in_95_of_100():

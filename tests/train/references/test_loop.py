@@ -54,5 +54,5 @@ def test_it_has_the_same_convolutional_network():
     x = np.random.default_rng(0).normal(size=(5, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = twin(torch.from_numpy(x)).numpy()
-    ours = nnx.jit(nnx.view(net, use_running_average=False))(x)
+    ours = nnx.jit(lambda net, x: nnx.view(net, use_running_average=False)(x))(net, x)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
