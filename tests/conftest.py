@@ -82,9 +82,10 @@ def x64():
 @pytest.fixture(scope="module")
 def fast_compile():
     """Compile with few optimizations, for tests of neither speed nor XLA's text."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
