@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import optimizers
-from .._checks import need_params
+from .._checks import check_params
 from .._transformation import Transformation, multiply
 from .._tree import compute_dtype, increment, map_leaves, scalar_dtype
 from ..apply import apply_updates
@@ -56,7 +56,7 @@ def fuse(tx: Transformation) -> Transformation:
     place = len(sign)  # of the moments in the state
 
     def step(grads, state, params, *, factor=None, **extra_args):
-        need_params(params)
+        check_params(params)
         if state[place].key is not None or why_no_kernel() is not None:
             updates, state = tx.update(
                 multiply(grads, factor), state, params, **extra_args
