@@ -85,7 +85,7 @@ def test_what_describe_step_says(monkeypatch):
         (
             aj.accumulate_gradients(tx, 2),
             PARAMS,
-            f"where a window closes: {kernel}, 2 of 2; else nothing",
+            f"at the end of a window: {kernel}, 2 of 2; before, only a sum",
         ),
         (
             aj.adamw(0.1, mu_dtype="bfloat16"),
