@@ -127,7 +127,7 @@ def describe_step(
         >>> print(describe_step(optax.chain(adamw(1e-3))))
         update, then apply_updates: chain has no step
         >>> print(describe_step(chain(adamw(1e-3, nesterov=True))))
-        update, then apply_updates: the kernel does not know nesterov
+        update, then apply_updates: the kernel does not support nesterov
     """
     describe = getattr(tx, "describe_step", None)
     if describe is not None:
