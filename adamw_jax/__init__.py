@@ -6,9 +6,9 @@ Everything that transforms gradients is an Optax transformation and works in
     >>> import jax.numpy as jnp
     >>> import adamw_jax as aj
     >>> tx = aj.adamw(aj.one_cycle(3e-3, steps=1000), weight_decay=0.1)
-    >>> params = {"kernel": jnp.ones(3)}
+    >>> params, grads = {"kernel": jnp.ones(3)}, {"kernel": jnp.ones(3)}
     >>> state = tx.init(params)
-    >>> params, state = aj.update_and_apply(tx, params, state, params)
+    >>> params, state = aj.update_and_apply(tx, grads, state, params)
 
 Optimizers
     adam, adamw, amsgrad, sgd: drop-ins for Optax's, with the hyperparameters in the
@@ -24,6 +24,7 @@ Links of a chain
 Schedules
     one_cycle, one_cycle_plateau, one_cycle_torch, cosine_restarts, range_test: Phases
     that drive learning rate, betas and decay together. Phase, Phases: your own.
+    lr_finder.find: the range test for any loss function.
 
 Some leaves only
     mask_by, mask_by_path, no_decay_on_bias_and_norm, describe_mask: masks.
@@ -48,6 +49,7 @@ PyTorch checkpoints
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import lr_finder as lr_finder
 from ._transformation import Transformation as Transformation
 from .apply import apply_updates as apply_updates
 from .apply import describe_step as describe_step

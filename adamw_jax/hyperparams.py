@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,9 @@ class HyperparamsState(NamedTuple):
 
     step: jax.Array  # int32 []: updates done; the one counter of all schedules
     hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
-    # What the last update stored; a hyperparam that differs was changed by hand.
-    last_values: dict[str, jax.Array]
-    # int32 []: 1 if the value in hyperparams takes precedence over its schedule.
-    overridden: dict[str, jax.Array]
+    # The last two by sorted name; tuples, so that optax.tree.get finds each name once.
+    last_values: tuple[jax.Array, ...]  # what the last update stored in hyperparams
+    overridden: tuple[jax.Array, ...]  # int32 [] each: 1 ignores the schedule
     inner_state: optax.OptState
 
 
@@ -100,35 +99,37 @@ def with_hyperparams(
 
         return {name: value(schedules[name]) for name in names}
 
+    def copies(values):  # so that both can be donated
+        return tuple(jnp.copy(values[name]) for name in names)
+
     def init(params):
         step = jnp.zeros([], jnp.int32)
         values = scheduled_values(step, scalar_dtype(params))
-        overridden = {name: jnp.zeros([], jnp.int32) for name in names}
+        overridden = tuple(jnp.zeros([], jnp.int32) for _ in names)
         inner_state = factory(**values).init(params)
-        last_values = jax.tree.map(jnp.copy, values)  # so that both can be donated
-        return HyperparamsState(step, values, last_values, overridden, inner_state)
+        return HyperparamsState(step, values, copies(values), overridden, inner_state)
 
     def begin(state):
         """Returns the inner transformation of this step and what ends the step."""
-        (dtype,) = {compute_dtype(x.dtype) for x in state.last_values.values()}
+        (dtype,) = {compute_dtype(x.dtype) for x in state.last_values}
         stored = {k: jnp.asarray(v, dtype) for k, v in state.hyperparams.items()}
-        overridden = {
-            name: flag | _differ(stored[name], state.last_values[name])
-            for name, flag in state.overridden.items()
-        }
+        flags = zip(names, state.last_values, state.overridden, strict=True)
+        overridden = tuple(
+            flag | _differ(stored[name], last) for name, last, flag in flags
+        )
 
         def current_values(step):
             values = scheduled_values(step, dtype)
             return {
-                name: jnp.where(overridden[name] != 0, stored[name], values[name])
-                for name in names
+                name: jnp.where(flag != 0, stored[name], values[name])
+                for name, flag in zip(names, overridden, strict=True)
             }
 
         def finish(inner_state):
             step = increment(state.step)
             values = current_values(step)
             return HyperparamsState(
-                step, values, jax.tree.map(jnp.copy, values), overridden, inner_state
+                step, values, copies(values), overridden, inner_state
             )
 
         # Evaluated again: the optimizer may have been rebuilt around the state.
@@ -150,7 +151,9 @@ def with_hyperparams(
 
     def factor(grads, state):
         inner, finish = begin(state)
-        scale, inner_state = inner.factor(grads, state.inner_state)
+        scale, inner_state = cast(Transformation, inner).factor(
+            grads, state.inner_state
+        )
         return scale, finish(inner_state)
 
     methods = {"step": step, "factor": factor}
@@ -273,22 +276,22 @@ def override_hyperparams(
     def override(node):
         if not isinstance(node, HyperparamsState):
             return node
-        new = dict(node.hyperparams)
-        last, overridden = dict(node.last_values), dict(node.overridden)
+        new, names = dict(node.hyperparams), sorted(node.hyperparams)
+        last, overridden = list(node.last_values), list(node.overridden)
         for name, value in values.items():
             if name not in new:
                 raise ValueError(
-                    f"no hyperparameter {name}; the state holds "
-                    f"{', '.join(sorted(new))}"
+                    f"no hyperparameter {name}; the state holds {', '.join(names)}"
                 )
+            i = names.index(name)
             if value is not None:
                 _check_override(name, value, new[name])
-                new[name], last[name] = (
-                    _fill_like(new[name], value),
-                    _fill_like(last[name], value),
-                )
-            overridden[name] = _fill_like(overridden[name], value is not None)
-        return node._replace(hyperparams=new, last_values=last, overridden=overridden)
+                new[name] = _fill_like(new[name], value)
+                last[i] = _fill_like(last[i], value)
+            overridden[i] = _fill_like(overridden[i], value is not None)
+        return node._replace(
+            hyperparams=new, last_values=tuple(last), overridden=tuple(overridden)
+        )
 
     return jax.tree.map(
         override, state, is_leaf=lambda x: isinstance(x, HyperparamsState)

@@ -381,8 +381,8 @@ def _build(
         "bias_correction": bias_correction,
     }
     if options.amsgrad:
-        name = "weight_decay" if options.decoupled else "l2"
-        return amsgrad(learning_rate, **{name: decay}, **common)
+        common["weight_decay" if options.decoupled else "l2"] = decay
+        return amsgrad(learning_rate, **common)
     if options.decoupled:
         return adamw(learning_rate, weight_decay=decay, **common)
     return adam(learning_rate, l2=decay, **common)

@@ -551,12 +551,12 @@ def _fill_hyperparams(
         values["momentum"] = float(groups[0]["momentum"])
     else:
         values["b1"], values["b2"] = get_betas(groups[0])
-    new, last = dict(node.hyperparams), dict(node.last_values)
-    for name, value in values.items():
-        if name in new and not jax.tree.leaves(node.overridden[name])[0]:
-            new[name] = put_number(new[name], value)
-            last[name] = put_number(last[name], value)
-    return node._replace(hyperparams=new, last_values=last)
+    new, last = dict(node.hyperparams), list(node.last_values)
+    for i, name in enumerate(sorted(new)):
+        if name in values and not jax.tree.leaves(node.overridden[i])[0]:
+            new[name] = put_number(new[name], values[name])
+            last[i] = put_number(last[i], values[name])
+    return node._replace(hyperparams=new, last_values=tuple(last))
 
 
 def _update_group(

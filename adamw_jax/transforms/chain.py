@@ -34,8 +34,8 @@ def chain(*transforms: optax.GradientTransformation) -> Transformation:
         >>> tx = chain(clip_by_global_norm(1.0), adamw(0.1))
         >>> params, grads = jnp.zeros(2), jnp.array([30.0, -40.0])
         >>> params, state = update_and_apply(tx, grads, tx.init(params), params)
-        >>> print(f"{params[0]:.4f} {params[1]:.4f}")
-        -0.1000 0.1000
+        >>> print(f"{params[0]:.2f} {params[1]:.2f}")
+        -0.10 0.10
     """
     if not transforms:
         raise ValueError("chain needs at least one transformation, got none")

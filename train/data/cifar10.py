@@ -1,75 +1,15 @@
-"""Data sets as NumPy arrays, from files that are there or that are easy to get."""
+"""CIFAR-10 as NumPy arrays: 60,000 images of 32 x 32 pixels, from official files."""
 
-import gzip
 import hashlib
-import importlib.util
 import pickle
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-SPLIT_SEED = 0  # which images are for training, validation and test: always the same
-
-
-class Images(NamedTuple):
-    x: np.ndarray  # uint8: digits (n, 64), 0 to 16; CIFAR-10 (n, 32, 32, 3), 0 to 255
-    y: np.ndarray  # (n,) int32
-
-
-class Splits(NamedTuple):
-    train: Images
-    validation: Images  # of one size with test, so that one program takes either
-    test: Images
-
-
-def _eval_size(train_size: int, eval_size: int | None, most: int, rest: int) -> int:
-    if not 1 <= train_size <= most:
-        raise ValueError(f"train_size must be in [1, {most}], got {train_size}")
-    if eval_size is None:
-        return rest
-    if not 1 <= eval_size <= rest:
-        raise ValueError(
-            f"eval_size must be in [1, {rest}] beside {train_size} training images, "
-            f"got {eval_size}"
-        )
-    return eval_size
-
-
-# ---------------------------------------------------------------------------
-# scikit-learn's digits: 1,797 images of 8 x 8 pixels
-# ---------------------------------------------------------------------------
-
-
-def load_digits(train_size: int, eval_size: int | None = None) -> Splits:
-    """Training images, and for either judgement `eval_size`; None: half of the rest."""
-    spec = importlib.util.find_spec("sklearn")  # finds the file without the slow import
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            "dataset='digits' is read from scikit-learn, which is not installed: "
-            "pip install scikit-learn"
-        )
-    path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: is scikit-learn installed completely?")
-    with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.int32)
-    table = np.random.default_rng(SPLIT_SEED).permutation(table)
-    n, rest = train_size, (len(table) - train_size) // 2
-    m = _eval_size(n, eval_size, len(table) - 2, rest)
-    x, y = table[:, :-1].astype(np.uint8), table[:, -1]
-    return Splits(
-        Images(x[:n], y[:n]),
-        Images(x[n : n + m], y[n : n + m]),
-        Images(x[n + m : n + 2 * m], y[n + m : n + 2 * m]),
-    )
-
-
-# ---------------------------------------------------------------------------
-# CIFAR-10: 60,000 images of 32 x 32 pixels
-# ---------------------------------------------------------------------------
+from train.data.splits import SPLIT_SEED, Images, Splits, check_sizes
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/"
 CIFAR10_ARCHIVES = {  # MD5 on the publisher's page
@@ -107,22 +47,22 @@ def read_cifar10(
     """The training and the test images, in the order of the files.
 
     Args:
-        data_dir: where the official batches are, Python or binary: a folder, the folder
-            above it, or the publisher's archive or its folder. None: read them with
-            tensorflow-datasets, which has an order of its own.
+        data_dir: the folder of the official batches, Python or binary, its parent, the
+            publisher's archive, or the archive's folder. None: tensorflow-datasets,
+            which has another order.
         checksums: MD5 of each file, training files first; those named .bin are binary.
-        sizes: images of each split, the check where there are no checksums.
+        sizes: images in each split of tensorflow-datasets.
     """
     if data_dir is None:
         return _cifar10_from_tfds(sizes)
     parts = []
     for path, raw in _find_batches(Path(data_dir), checksums).items():
         expected = checksums[path.name]
-        found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-        if found != expected:  # before it is unpickled, which may run code
+        md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+        if md5 != expected:  # before it is unpickled, which may run code
             raise ValueError(
                 f"data_dir={str(data_dir)!r}: {path} is damaged: {len(raw):,} bytes "
-                f"with MD5 {found}, expected MD5 {expected}. {_GET_IT}"
+                f"with MD5 {md5}, expected MD5 {expected}. {_GET_IT}"
             )
         parts.append(_decode(path, raw))
     *train, test = parts
@@ -141,14 +81,14 @@ def load_cifar10(
     Args:
         data_dir: as in `read_cifar10`.
         train_size: number of training images.
-        eval_size: number of validation images, and of test images; None: as many as
-            there are of both.
+        eval_size: number of validation images, and of test images; None: the largest
+            that both allow.
         checksums: as in `read_cifar10`.
         sizes: as in `read_cifar10`.
     """
     train, test = read_cifar10(data_dir, checksums, sizes)
-    rest = min(len(test.y), len(train.y) - train_size)
-    m = _eval_size(train_size, eval_size, len(train.y) - 1, rest)
+    remaining = min(len(test.y), len(train.y) - train_size)
+    m = check_sizes(train_size, eval_size, len(train.y) - 1, remaining)
     rng = np.random.default_rng(SPLIT_SEED)
     order, test_order = rng.permutation(len(train.y)), rng.permutation(len(test.y))
     parts = (
@@ -171,23 +111,23 @@ def _decode(path: Path, raw: bytes) -> Images:
 
 
 def _find_batches(data_dir: Path, checksums: dict[str, str]) -> dict[Path, bytes]:
-    """The files of one version, from the first place that has all of them."""
+    """The files of one version, from the first location that has all of them."""
     binary = [name for name in checksums if name.endswith(".bin")]
     python = [name for name in checksums if name not in binary]
     below = (*CIFAR10_FOLDERS, *CIFAR10_ARCHIVES)
     incomplete = []
-    for place in (data_dir, *(data_dir / name for name in below)):
-        files = _read_place(place, checksums)
+    for location in (data_dir, *(data_dir / name for name in below)):
+        files = _read_files(location, checksums)
         for names in filter(None, (python, binary)):
             missing = [name for name in names if name not in files]
             if not missing:
-                return {place / name: files[name] for name in names}
+                return {location / name: files[name] for name in names}
             if len(missing) < len(names):
-                incomplete.append((place, missing[0]))
+                incomplete.append((location, missing[0]))
     if incomplete:
-        place, name = incomplete[0]
+        location, name = incomplete[0]
         raise ValueError(
-            f"data_dir={str(data_dir)!r}: {place} is incomplete: it has no {name}. "
+            f"data_dir={str(data_dir)!r}: {location} is incomplete: it has no {name}. "
             f"{_GET_IT}"
         )
     raise ValueError(
@@ -196,21 +136,21 @@ def _find_batches(data_dir: Path, checksums: dict[str, str]) -> dict[Path, bytes
     )
 
 
-def _read_place(place: Path, names) -> dict[str, bytes]:
-    """Those of the files that a folder or an archive has."""
-    if not place.is_file():
-        paths = [place / name for name in names]
+def _read_files(location: Path, names) -> dict[str, bytes]:
+    """Reads those of the files that a folder or an archive has."""
+    if not location.is_file():
+        paths = [location / name for name in names]
         return {path.name: path.read_bytes() for path in paths if path.is_file()}
     files = {}
     try:
-        with tarfile.open(place) as tar:
-            for member in tar:  # in one pass, to go back is to decompress again
+        with tarfile.open(location) as tar:
+            for member in tar:  # in one pass: going back decompresses again
                 name = Path(member.name).name
                 if name in names and (file := tar.extractfile(member)):
                     files[name] = file.read()
     except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
         raise ValueError(
-            f"{place} is damaged, or no .tar.gz: {error}. {_GET_IT}"
+            f"{location} is damaged, or not a .tar.gz: {error}. {_GET_IT}"
         ) from error
     return files
 
@@ -223,7 +163,7 @@ def _cifar10_from_tfds(sizes: dict[str, int]) -> tuple[Images, Images]:
         test: Any = tfds.data_source("cifar10", split="test")
     except ImportError as error:
         raise ValueError(
-            "data_dir=None reads CIFAR-10 through tensorflow-datasets, which misses a "
+            "data_dir=None reads CIFAR-10 through tensorflow-datasets, which lacks a "
             f"package: {error}. pip install tensorflow-datasets tensorflow (the latter "
             f"to prepare the files), or pass --data-dir with the files. {_GET_IT}"
         ) from error

@@ -1,5 +1,6 @@
-"""Weights of `train.resnet` from files with torchvision's names, and into them."""
+"""Reads and writes the weights of `train.models.resnet` under torchvision's names."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from flax import nnx
 
 from train.models.resnet import LAYERS, Bottleneck
 
-NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-NAMES |= {"mean": "running_mean", "var": "running_var"}
-# Where training scripts put a network among other things; averaged weights first.
+TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+TORCH_NAMES |= {"mean": "running_mean", "var": "running_var"}
+# Keys under which training scripts store the network; averaged weights first.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-# What DistributedDataParallel, torch.compile and Lightning put before all names.
+# Prefixes of DistributedDataParallel, torch.compile and Lightning.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 PICKLED = (".pth", ".pth.tar", ".pt", ".bin")
 
@@ -25,30 +26,31 @@ PICKLED = (".pth", ".pth.tar", ".pt", ".bin")
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors of a file by name, floating-point ones as float32, and its metadata.
+    """Returns a file's tensors by name, and its metadata.
 
-    PyTorch's own files have no metadata. Of a file of a training script only the
-    network is taken, with averaged weights where it has such. No code of a file is run.
+    Floating-point tensors become float32. PyTorch's own format has no metadata. From a
+    training script's checkpoint only the network is read, its averaged weights if there
+    are any. Code in a file is never run.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or something else.
-        ImportError: it is one of PyTorch's own, which is not installed.
+        ValueError: the file is missing, damaged or of another kind.
+        ImportError: the file is in PyTorch's format, and PyTorch is not installed.
     """
     if not path.name.endswith((".safetensors", *PICKLED)):
         raise ValueError(
-            f"{path}: the name of a file of weights must end in .safetensors or one of "
-            f"{', '.join(PICKLED)}"
+            f"{path}: a file of weights must end in .safetensors, "
+            f"{', '.join(PICKLED[:-1])} or {PICKLED[-1]}"
         )
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    read_it = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
-    tensors, metadata = read_it(path)
-    tensors.pop("n_averaged", None)  # PyTorch's count of what an average is of
+        raise ValueError(f"{path}: no such file")
+    reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
+    tensors, metadata = reader(path)
+    tensors.pop("n_averaged", None)  # counts the models in PyTorch's average
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
     if not tensors:
-        raise ValueError(f"{path}: has no tensors")
+        raise ValueError(f"{path}: contains no tensors")
     return tensors, metadata
 
 
@@ -58,11 +60,11 @@ def _read_safetensors(path):
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            # jax has registered bfloat16 as one of NumPy's dtypes
-            tensors = {name: _single(file.get_tensor(name)) for name in file.keys()}
+            # JAX registers bfloat16 as a dtype of NumPy
+            tensors = {name: _to_float32(file.get_tensor(name)) for name in file.keys()}
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(
-            f"{path}: damaged, or not a safetensors file: {error}"
+            f"{path}: damaged or not a safetensors file: {error}"
         ) from error
     return tensors, metadata
 
@@ -72,29 +74,29 @@ def _read_pickled(path):
         import torch
     except ImportError as error:
         raise ImportError(
-            f"{path}: only PyTorch, which is not installed, reads such a file; a "
-            ".safetensors needs no PyTorch"
+            f"{path}: reading this format needs PyTorch, which is not installed; "
+            "a .safetensors file does not need it"
         ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # anything at all, when the file is damaged
+    except Exception as error:  # damaged files raise many kinds
         raise ValueError(
-            f"{path}: damaged, or with more in it than tensors, for which PyTorch "
-            f"would have to run the file's code ({type(error).__name__})"
+            f"{path}: damaged, or contains objects other than tensors, whose code "
+            f"would have to run ({type(error).__name__})"
         ) from error
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"{path}: must hold a dictionary of tensors, a state_dict, and holds a "
+            f"{path}: must contain a state_dict, a dictionary of tensors, got a "
             f"{type(content).__name__}"
         )
     others = [key for key, x in content.items() if not isinstance(x, torch.Tensor)]
     if others:
         raise ValueError(
-            f"{path}: must hold a dictionary of tensors, a state_dict, and "
-            f"{', '.join(map(repr, others))} are none"
+            f"{path}: must contain a state_dict, a dictionary of tensors, but "
+            f"{', '.join(map(repr, others))} are not tensors"
         )
     tensors = {}
     for name, x in content.items():  # NumPy has no bfloat16
@@ -103,7 +105,7 @@ def _read_pickled(path):
     return tensors, {}
 
 
-def _single(x):
+def _to_float32(x):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     with np.errstate(over="ignore"):  # `load` refuses infinity
@@ -111,15 +113,21 @@ def _single(x):
 
 
 def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """A .safetensors file, completely or not at all; an old one is replaced."""
+    """Writes a .safetensors file atomically, replacing an old one."""
     from safetensors.numpy import save
 
     draft = path.with_suffix(".tmp")
-    # It writes memory as it lies there. (Its `save_file` makes files that others of
-    # the user's group cannot read.)
-    dense = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-    draft.write_bytes(save(dense, metadata))
+    # `save` ignores strides. (`save_file` makes files that the group cannot read.)
+    contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+    draft.write_bytes(save(contiguous, metadata))
     draft.replace(path)
+
+
+def md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(
+            file, lambda: hashlib.md5(usedforsecurity=False)
+        ).hexdigest()
 
 
 # ---------------------------------------------------------------------------
@@ -128,57 +136,44 @@ def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
 
 
 def load(tensors, params, stats, *, source: str, head: bool) -> tuple[Any, Any]:
-    """The body, and the head if wanted, with the values of a file.
+    """Returns params and stats with a file's values for the body, optionally the head.
 
     Args:
         tensors: by torchvision's names, from `read`.
         params: {"body": ..., "head": ...}, or their shapes.
-        stats: the running statistics of both, likewise.
-        source: the file's name, for errors.
-        head: also load the head. Otherwise it is returned as it was, and any
-            classifier (`fc`) in the file is left out.
+        stats: running statistics of both, likewise.
+        source: the file's name, for error messages.
+        head: whether to load the head. Otherwise it stays as it is, and any
+            classifier (`fc`) in the file is ignored.
 
     Raises:
-        ValueError: it has not exactly this network's tensors, or numbers that are not
-            finite. All of them are named.
+        ValueError: the file does not have exactly this network's tensors, or has
+            values that are not finite. The message lists all problems.
     """
     parts = ("body", "head") if head else ("body",)
-    wanted = {}  # shapes, by torchvision's names and in PyTorch's layout
+    expected = {}  # shapes, under torchvision's names and in PyTorch's layout
     for tree in (params, stats):
         for part in parts:
             for path, leaf in nnx.to_flat_state(tree[part]):
-                wanted[_name(path)] = tuple(leaf.shape[i] for i in _order(leaf.shape))
-    given = {
+                shape = tuple(leaf.shape[i] for i in _torch_axes(leaf.shape))
+                expected[_torch_name(path)] = shape
+    found = {
         name: x
         for name, x in tensors.items()
         if not name.endswith(".num_batches_tracked")
         and (head or not name.startswith("fc."))
     }
-    problems = [
-        f"missing: {name} {shape}"
-        for name, shape in wanted.items()
-        if name not in given
-    ]
-    for name, x in given.items():
-        if name not in wanted:
-            problems.append(f"unexpected: {name} {x.shape}")
-        elif x.shape != wanted[name]:
-            problems.append(f"{name} is {x.shape} and must be {wanted[name]}")
-        elif not jnp.issubdtype(x.dtype, jnp.floating):
-            problems.append(f"{name} is of {x.dtype}, not floating-point")
-        elif not np.isfinite(x).all():
-            problems.append(f"{name} has values that are not finite")
-    if problems:
-        shapes = {name: x.shape for name, x in given.items()}
+    if problems := _mismatches(found, expected):
+        shapes = {name: x.shape for name, x in found.items()}
         lines = [f"{source} does not fit this network", *problems]
-        raise ValueError("\n  ".join(lines + _hint(shapes, wanted)))
+        raise ValueError("\n  ".join(lines + _hint(shapes, expected)))
 
     def loaded(state):
         leaves = []
         for path, leaf in nnx.to_flat_state(state):
-            x = given[_name(path)]
-            x = x.transpose(np.argsort(_order(x.shape)))
-            # a copy: the state may be donated, and the tensors loaded once more
+            x = found[_torch_name(path)]
+            x = x.transpose(np.argsort(_torch_axes(x.shape)))
+            # a copy: the state may be donated and the tensors loaded again
             leaves.append((path, leaf.replace(jnp.array(x, leaf.dtype))))
         return nnx.from_flat_state(leaves)
 
@@ -188,47 +183,67 @@ def load(tensors, params, stats, *, source: str, head: bool) -> tuple[Any, Any]:
     return new_params, new_stats
 
 
-def tensors_of(params, stats, steps: int) -> dict[str, np.ndarray]:
-    """By torchvision's names, and all that its `load_state_dict` asks for.
+def _mismatches(
+    found: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]
+) -> list[str]:
+    problems = [
+        f"missing: {name} {shape}"
+        for name, shape in expected.items()
+        if name not in found
+    ]
+    for name, x in found.items():
+        if name not in expected:
+            problems.append(f"unexpected: {name} {x.shape}")
+        elif x.shape != expected[name]:
+            problems.append(f"{name} has shape {x.shape}, expected {expected[name]}")
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            problems.append(f"{name} has dtype {x.dtype}, expected floating point")
+        elif not np.isfinite(x).all():
+            problems.append(f"{name} has values that are not finite")
+    return problems
+
+
+def to_tensors(params, stats, steps: int) -> dict[str, np.ndarray]:
+    """The inverse of `load`: all tensors that torchvision's `load_state_dict` expects.
 
     Args:
         params: {"body": ..., "head": ...}.
-        stats: the running statistics of both.
-        steps: that batch norm has seen.
+        stats: running statistics of both.
+        steps: batches that batch norm has seen.
     """
     tensors = {}
     for tree in (params, stats):
         for state in tree.values():
             for path, leaf in nnx.to_flat_state(state):
                 x = np.asarray(leaf[...])
-                tensors[_name(path)] = x.transpose(_order(x.shape))
+                tensors[_torch_name(path)] = x.transpose(_torch_axes(x.shape))
                 if path[-1] == "mean":
                     name = ".".join(map(str, (*path[:-1], "num_batches_tracked")))
                     tensors[name] = np.array(steps, np.int64)
     return tensors
 
 
-def _name(path) -> str:
-    return ".".join(map(str, (*path[:-1], NAMES[path[-1]])))
+def _torch_name(path) -> str:
+    return ".".join(map(str, (*path[:-1], TORCH_NAMES[path[-1]])))
 
 
-def _order(shape) -> tuple[int, ...]:
-    """Of the axes: HWIO to OIHW for convolutions, a transpose for linear layers."""
+def _torch_axes(shape) -> tuple[int, ...]:
+    """Order of axes: HWIO to OIHW for convolutions, a transpose for linear layers."""
     return (3, 2, 0, 1) if len(shape) == 4 else tuple(range(len(shape)))[::-1]
 
 
-def _hint(given, wanted) -> list[str]:
-    """What the file is, where that is obvious. Takes shapes by name."""
-    if "conv1.0.weight" in given:
-        return ["The file's network begins with three convolutions, this one with one"]
-    file, ours = _architecture(given), _architecture(wanted)
+def _hint(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Says what the file is, where its shapes show that."""
+    if "conv1.0.weight" in found:
+        return ["The file's network starts with three convolutions, this one with one"]
+    file, network = _architecture(found), _architecture(expected)
     if file is None:
         return ["The file's names are not those of a ResNet of torchvision"]
-    if file != ours:
-        return [f"The file is of a {file}, this network is a {ours}"]
-    in_blocks = [name for name in wanted if name.startswith("layer")]
-    if any(given.get(name, wanted[name]) != wanted[name] for name in in_blocks):
-        return ["The file may be of a ResNeXt or a wide ResNet, which are not here"]
+    if file != network:
+        return [f"The file is of a {file}, this network is a {network}"]
+    in_blocks = [name for name in expected if name.startswith("layer")]
+    if any(found.get(name, expected[name]) != expected[name] for name in in_blocks):
+        return ["The file may be of a ResNeXt or wide ResNet, which are not supported"]
     return []
 
 

@@ -1,8 +1,8 @@
-"""torchvision's ResNets up to their last feature map, and fast.ai's head behind it.
+"""torchvision's ResNets up to the last feature map, and fast.ai's head.
 
-Modules are named as torchvision's, so that a path joined by dots is its name of a
-weight: `train.weights` reads and writes those. Where batches are split over devices
-under `jax.jit`, batch norm's statistics are those of the whole batch.
+Modules have torchvision's names, so a path joined by dots is the name of a weight;
+`train.models.pretrained` reads and writes them. Under `jax.jit` with batches split over
+devices, batch norm uses the statistics of the global batch.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def _conv(n_in, n_out, size, stride, dtype, rngs):
         n_out,
         (size, size),
         stride,
-        padding=size // 2,  # not "SAME", which pads a stride of 2 on the other side
+        padding=size // 2,  # "SAME" pads the other side when the stride is 2
         use_bias=False,
         dtype=dtype,
         kernel_init=nnx.initializers.variance_scaling(2, "fan_out", "normal"),
@@ -32,7 +32,7 @@ def _conv(n_in, n_out, size, stride, dtype, rngs):
     )
 
 
-def _as_they_are(arrays, /, *, dtype=None, inexact=True):
+def _no_promotion(arrays, /, *, dtype=None, inexact=True):
     return arrays
 
 
@@ -42,30 +42,30 @@ def _norm(channels, dtype, rngs, scale_init=nnx.initializers.ones):
         momentum=0.9,  # PyTorch's 0.1
         epsilon=1e-5,
         dtype=dtype,
-        # Flax would round scales and running statistics to bfloat16 before their use.
-        promote_dtype=_as_they_are,
+        # Flax would round scales and running statistics to bfloat16 before use.
+        promote_dtype=_no_promotion,
         scale_init=scale_init,
         rngs=rngs,
     )
 
 
-def _larger(a, b):
-    # Not jnp.maximum, whose gradient asks which of the two is *equal* to the result:
-    # XLA may compute them once more, rounded otherwise, so that neither is.
+def _maximum(a, b):
+    # The gradient of jnp.maximum tests which operand *equals* the result. XLA may
+    # recompute the operands with other rounding, and then neither does.
     return jnp.where(a >= b, a, b)
 
 
 def max_pool(x):
-    """3 x 3 maximum at stride 2, of what is behind a ReLU: the padding is zeros.
+    """3 x 3 maximum at stride 2 of the output of a ReLU, padded with zeros.
 
-    Rows first, then columns: on a CPU the gradient of `nnx.max_pool` takes a fifth of a
-    small network's time, and this one's next to none. Where values are equal the
-    gradient may go to another one than in PyTorch; but those are zeros, whose gradient
-    ReLU stops, except for the few that rounding to bfloat16 makes.
+    Takes the maximum over rows, then over columns. On a CPU the gradient of
+    `nnx.max_pool` takes a fifth of a small network's time; this one takes next to none.
+    Ties may send the gradient to another element than in PyTorch. They are zeros, whose
+    gradient ReLU stops, apart from a few that rounding to bfloat16 creates.
     """
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    x = _larger(_larger(x[:, :-2:2], x[:, 1:-1:2]), x[:, 2::2])
-    return _larger(_larger(x[:, :, :-2:2], x[:, :, 1:-1:2]), x[:, :, 2::2])
+    x = _maximum(_maximum(x[:, :-2:2], x[:, 1:-1:2]), x[:, 2::2])
+    return _maximum(_maximum(x[:, :, :-2:2], x[:, :, 1:-1:2]), x[:, :, 2::2])
 
 
 class BasicBlock(nnx.Module):
@@ -89,8 +89,8 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """1 x 1, 3 x 3 and 1 x 1 convolutions.
 
-    The stride is in the second, as torchvision's ("ResNet v1.5"), not in the first as
-    in the paper.
+    The second has the stride, as in torchvision ("ResNet v1.5"); in the paper it is the
+    first.
     """
 
     expansion = 4
@@ -125,7 +125,7 @@ def _shortcut(downsample, x, train):
     return norm(conv(x), not train)
 
 
-LAYERS = {  # the block, and how many of it at each size of the maps
+LAYERS = {  # block, number of blocks at each resolution
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -134,13 +134,13 @@ LAYERS = {  # the block, and how many of it at each size of the maps
 
 
 class ResNet(nnx.Module):
-    """Takes NHWC images, returns maps with 1/32 of their size and `features` channels.
+    """Maps NHWC images to feature maps of 1/32 of their size with `features` channels.
 
     Args:
         architecture: one of `LAYERS`.
-        width: channels behind the first convolution; 64 is torchvision's.
-        dtype: of the activations; parameters and statistics are float32.
-        rngs: for the weights, which are drawn as torchvision draws them.
+        width: channels of the first convolution; torchvision's is 64.
+        dtype: dtype of activations; parameters and statistics are float32.
+        rngs: for the weights, which follow torchvision's distribution.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class ResNet(nnx.Module):
         self.features = n_in
 
     def __call__(self, x, *, train: bool):
-        """train=False: with the running statistics, which stay as they are."""
+        """With train=False, batch norm uses its running statistics unchanged."""
         x = max_pool(nnx.relu(self.bn1(self.conv1(x), not train)))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
@@ -186,10 +186,10 @@ class ResNet(nnx.Module):
 
 
 class Head(nnx.Module):
-    """fast.ai's, from feature maps to logits: maximum and mean, and two linear layers.
+    """fast.ai's head: maximum and mean over the feature maps, then two linear layers.
 
-    In float32, or wider where the maps are, since it costs next to nothing. `fc` has
-    the places of the `nn.Sequential` that it is in PyTorch.
+    Computes in float32 at least, which costs next to nothing. The indices of `fc` are
+    those of PyTorch's `nn.Sequential`.
 
     Source: fastai 0.7, `conv_learner.py` and `layers.py`.
     """
@@ -208,7 +208,7 @@ class Head(nnx.Module):
         )
 
     def __call__(self, maps, *, train: bool, key: jax.Array | None = None):
-        """The key is for dropout, and needed in training only."""
+        """The key is for dropout; only training needs it."""
         keys: Any = (None, None)
         if train:
             if key is None:

@@ -1,10 +1,9 @@
-"""Pictures of what a classifier takes for what, and of its worst mistakes.
+"""Plots of a classifier's errors: the confusion matrix and the worst mistakes.
 
 Labels and predictions are class numbers, `classes` their names.
 """
 
 import textwrap
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,16 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from numpy.typing import ArrayLike
 from PIL import Image
 
-NUMBERED = 20  # classes at most for numbers in the cells
-NAMED = 40  # names at most on an axis
-LISTED = 10  # mistakes, and classes, in the text beside the matrix
-BESIDE = 4.8  # inches at most for that text
+MAX_CLASSES = 20  # in the matrix; of more, those with the most confusions
+LISTED = 10  # confusions, and classes, in the text beside the matrix
 COLUMNS = 5  # images side by side
-PIXELS = 500  # photographs are drawn no larger
-POINTS = 72  # of the font, in an inch
-INDENT = " " * 4
+PIXELS = 500  # larger photographs are shrunk before drawing
+# Lines are wrapped by characters, which all have the same width in this font.
+MONOSPACE: dict[str, Any] = {"family": "monospace", "fontsize": 7, "parse_math": False}
+CHARACTERS_PER_INCH = 72 / 7 / 0.61
 
 
 # ---------------------------------------------------------------------------
@@ -35,32 +32,32 @@ INDENT = " " * 4
 def most_confused(
     labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str], count: int = 10
 ) -> list[dict[str, Any]]:
-    """Which class was taken for which other one how often; most first."""
+    """The most frequent confusions: class, prediction, and how often, most first."""
     counts = _counts(labels, predictions, classes)
     _check_count(count)
     sizes = counts.sum(1)
     wrong = counts * ~np.eye(len(classes), dtype=bool)
-    is_, taken = np.nonzero(wrong)
-    times, of = wrong[is_, taken], sizes[is_]
-    first = np.lexsort((of, -times))[:count]  # of equal ones, that of the rarer class
+    rows, columns = np.nonzero(wrong)
+    times, totals = wrong[rows, columns], sizes[rows]
+    first = np.lexsort((totals, -times))[:count]  # on ties, the rarer class first
     return [
         {
-            "is": classes[is_[i]],
-            "taken for": classes[taken[i]],
+            "is": classes[rows[i]],
+            "taken for": classes[columns[i]],
             "times": int(times[i]),
-            "of": int(of[i]),
+            "of": int(totals[i]),
         }
         for i in first
     ]
 
 
 def _counts(labels, predictions, classes: Sequence[str]) -> np.ndarray:
-    """(classes, classes): the images by their class and the one they were taken for."""
+    """(classes, classes): images by class and prediction."""
     labels = _class_numbers("labels", labels, len(classes))
     predictions = _class_numbers("predictions", predictions, len(classes))
     if len(predictions) != len(labels):
         raise ValueError(
-            f"predictions must be as many as labels, {len(labels)}, "
+            f"predictions must have the length of labels, {len(labels)}, "
             f"got {len(predictions)}"
         )
     cells = np.bincount(
@@ -73,12 +70,12 @@ def _class_numbers(name: str, values, classes: int) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or not len(values) or values.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be a list of one or more class numbers, got an array of "
-            f"{values.dtype} of shape {values.shape}"
+            f"{name} must be a list of one or more class numbers, got {values.dtype} "
+            f"with shape {values.shape}"
         )
     if values.min() < 0 or values.max() >= classes:
         raise ValueError(
-            f"{name} must be from 0 to {classes - 1}, there are {classes} classes; "
+            f"{name} must be in [0, {classes - 1}], "
             f"got {values.min()} to {values.max()}"
         )
     return values.astype(np.int64)
@@ -88,14 +85,14 @@ def _probabilities(probabilities, labels: np.ndarray, classes: int) -> np.ndarra
     values, shape = np.asarray(probabilities, np.float64), (len(labels), classes)
     if values.shape != shape:
         raise ValueError(
-            "probabilities must have a row for each label and a column for each "
-            f"class, {shape}, got {values.shape}"
+            f"probabilities must have shape (images, classes) = {shape}, "
+            f"got {values.shape}"
         )
     sums = values.sum(1)
-    if not (values.min() >= 0 and np.abs(sums - 1).max() < 0.02):  # as NaN is not
+    if not (values.min() >= 0 and np.abs(sums - 1).max() < 0.02):  # also refuses NaN
         raise ValueError(
-            "probabilities must not be negative and must add up to 1 in each row; got "
-            f"{values.min():g} at least, sums from {sums.min():g} to {sums.max():g}"
+            "probabilities must not be negative and must sum to 1 in each row, got "
+            f"a minimum of {values.min():g}, sums from {sums.min():g} to {sums.max():g}"
         )
     return values
 
@@ -105,36 +102,29 @@ def _check_count(count: int) -> None:
         raise ValueError(f"count must be at least 1, got {count}")
 
 
+def _most_confused_classes(counts: np.ndarray) -> np.ndarray:
+    """In ascending order, the classes with the most confusions, both ways."""
+    wrong = counts * ~np.eye(len(counts), dtype=bool)
+    pairs = wrong + wrong.T
+    order = np.argsort(-pairs, axis=None, kind="stable")
+    rows, _ = np.unravel_index(order, pairs.shape)
+    _, first = np.unique(rows, return_index=True)  # a class enters with its worst pair
+    return np.sort(rows[np.sort(first)][:MAX_CLASSES])
+
+
 # ---------------------------------------------------------------------------
 # text
 # ---------------------------------------------------------------------------
 
 
-def _short(name: str, characters: int) -> str:
+def _abridge(name: str, characters: int) -> str:
     name = " ".join(name.split())
     return name if len(name) <= characters else f"{name[: characters - 1].rstrip()}…"
 
 
-def _width(text: str, size: float) -> float:
-    """In inches, of a line in Matplotlib's font."""
-    font = get_font(findfont(FontProperties()))
-    font.set_size(size, POINTS)
-    font.set_text(text)
-    return font.get_width_height()[0] / 64 / POINTS
-
-
-def _wrapped(text: str, inches: float, size: float) -> list[str]:
-    """Lines that are not wider than that; all but the first are indented."""
-
-    def wrap(characters: int) -> list[str]:
-        return textwrap.wrap(text, characters, subsequent_indent=INDENT)
-
-    def too_wide(characters: int) -> bool:
-        return any(_width(line, size) > inches for line in wrap(characters))
-
-    least = len(INDENT) + 1
-    fit = bisect_left(range(least + 1, len(text) + 1), True, key=too_wide)
-    return wrap(least + fit)
+def _wrap(text: str, inches: float) -> list[str]:
+    width = int(inches * CHARACTERS_PER_INCH)
+    return textwrap.wrap(text, width, subsequent_indent="    ")
 
 
 def _percent(share: float) -> str:
@@ -146,123 +136,113 @@ def _percent(share: float) -> str:
 
 
 def _findings(
-    counts: np.ndarray, pairs: list[dict], classes: Sequence[str], inches: float
+    counts: np.ndarray, pairs: list[dict], classes: Sequence[str]
 ) -> list[str]:
-    """What stands beside the matrix: frequent mistakes and difficult classes."""
+    """The text beside the matrix: frequent confusions and difficult classes."""
     sizes, right = counts.sum(1), counts.diagonal()
     accuracies = right / np.maximum(sizes, 1)
-    worst = np.lexsort((-sizes, accuracies))  # of equal ones, the more certain
+    worst = np.lexsort((-sizes, accuracies))  # on ties, the larger class first
     worst = [i for i in worst if sizes[i] and right[i] < sizes[i]][:LISTED]
     lines = ["Most often confused" if pairs else "No mistakes"]
     for pair in pairs:
-        is_, taken = (_short(pair[key], 60) for key in ("is", "taken for"))
-        text = f"{pair['times']} of {pair['of']}: {is_}, taken for {taken}"
-        lines += _wrapped(text, inches, 9)
+        name, prediction = (_abridge(pair[key], 60) for key in ("is", "taken for"))
+        text = f"{pair['times']} of {pair['of']}: {name}, taken for {prediction}"
+        lines += _wrap(text, 4.5)
     if worst:
         lines += ["", "Lowest accuracy"]
     for i in worst:
-        name = _short(classes[i], 60)
+        name = _abridge(classes[i], 60)
         text = f"{100 * accuracies[i]:.1f} %: {name}, {right[i]} of {sizes[i]}"
-        lines += _wrapped(text, inches, 9)
+        lines += _wrap(text, 4.5)
     return lines
 
 
 # ---------------------------------------------------------------------------
-# pictures
+# plots
 # ---------------------------------------------------------------------------
 
 
-def confusion(
+def plot_confusion(
     labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str], path: Path
 ) -> None:
-    """Of the images of a class, the share that was taken for each; the worst as text.
+    """Draws the share of each class that was taken for each other class, in %.
 
-    Of up to 20 classes with numbers, of more than 40 with the names of some.
+    Of more than 20 classes, shows the 20 that are confused most often.
     """
-    counts, n = _counts(labels, predictions, classes), len(classes)
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    counts = _counts(labels, predictions, classes)
     sizes = counts.sum(1)
-    shares = np.ma.masked_array(counts / np.maximum(sizes, 1)[:, None])
-    shares[sizes == 0] = np.ma.masked
-    shown = range(0, n, -(-n // NAMED))
-    columns = [_short(classes[i], 30) for i in shown]
-    rows = [f"{name} ({sizes[i]})" for i, name in zip(shown, columns, strict=True)]
-    pairs = most_confused(labels, predictions, classes, LISTED)
-    lines = _findings(counts, pairs, classes, BESIDE)
+    shown = np.arange(len(classes))
+    if len(classes) > MAX_CLASSES:
+        shown = _most_confused_classes(counts)
+    shares = 100 * counts / np.maximum(sizes, 1)[:, None]
+    shares = shares[np.ix_(shown, shown)]
+    names = [_abridge(classes[int(i)], 30) for i in shown]
 
-    # the matrix and what is around it, in inches
-    side = min(8.5, 2.5 + 0.5 * n)
-    left = side + 2 + max(_width(row, 8) for row in rows)
-    bottom = max(_width(column, 8) for column in columns) if len(shown) == n else 0
-    height = max(side + 1 + bottom, 0.5 + 9 * 1.3 / POINTS * len(lines))
-    width = left + 0.4 + max(_width(line, 9) for line in lines)
-    figure = Figure(figsize=(width, height), dpi=120)
-    figure.set_layout_engine("constrained", rect=(0, 0, left / width, 1))
-    ax = figure.subplots()
-    # A mistake in fifty is to be seen. What never happened is transparent, and shows
-    # the line behind, which is where a cell would be right.
-    colours = PowerNorm(0.5, 1e-9, 1)
-    scale = colormaps["magma_r"].with_extremes(under="none", bad="#cccccc")
-    image = ax.imshow(shares, norm=colours, cmap=scale, interpolation="nearest")
-    ax.axline((0, 0), slope=1, color="#cccccc", lw=1, zorder=-1)
-
-    text: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a $ is a $
-    ax.set_yticks(shown, rows, **text)
-    ax.set_ylabel("class (images)")
-    if len(shown) == n:
-        text |= {"rotation": 90, "va": "center", "ha": "right"}
-        ax.set_xticks(shown, columns, rotation_mode="anchor", **text)
-        ax.set_xlabel("taken for")
-    else:
-        ax.set_xticks(shown, [])
-        ax.set_xlabel("taken for, in the same order")
-    if n <= NUMBERED:
-        for row, column in np.argwhere(counts):
-            share = shares[row, column]
-            colour = "white" if colours(share) > 0.5 else "black"
-            label = ax.text(column, row, f"{100 * share:.1f}", color=colour)
-            label.set(fontsize=9, ha="center", va="center")
-    ax.set_title(
-        f"accuracy {100 * counts.trace() / counts.sum():.2f} % (n = {counts.sum()})"
+    side = 3 + 0.4 * len(shown)
+    figure = Figure(figsize=(side + 5, side), layout="constrained", dpi=120)
+    ax, panel = figure.subplots(1, 2, width_ratios=(side, 5))
+    # The square root shows one mistake in fifty; what never happened stays white.
+    colours = PowerNorm(0.5, 1e-9, 100)
+    display = ConfusionMatrixDisplay(shares, display_labels=names).plot(
+        ax=ax,
+        cmap=colormaps["magma_r"].with_extremes(under="white"),
+        im_kw={"norm": colours},
+        values_format=".1f",
+        xticks_rotation="vertical",
+        colorbar=False,
     )
-    ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
-    bar = figure.colorbar(image, ax=ax, pad=0.01, shrink=0.8)
-    bar.set_ticks(ticks, labels=[f"{100 * tick:g}" for tick in ticks])
-    empty = int((sizes == 0).sum())
-    note = f"; grey: {empty} class(es) without images" if empty else ""
-    bar.set_label(f"share of the class, %{note}")
+    for (row, column), text in np.ndenumerate(display.text_):
+        share = shares[row, column]
+        text.set(color="white" if colours(share) > 0.5 else "black", fontsize=8)
+        if not share:
+            text.set_text("")
+    rows = [f"{name} ({sizes[i]})" for i, name in zip(shown, names, strict=True)]
+    ax.set_yticks(range(len(shown)), rows)
+    for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+        label.set(fontsize=8, parse_math=False)  # a $ is a $
+    ax.set(xlabel="taken for, % of the class", ylabel="class (images)")
+    part = (
+        ""
+        if len(shown) == len(classes)
+        else f"; {len(shown)} of {len(classes)} classes"
+    )
+    accuracy = 100 * counts.trace() / counts.sum()
+    ax.set_title(f"accuracy {accuracy:.2f} % (n = {counts.sum()}){part}")
 
-    x, y = (left + 0.2) / width, 1 - 0.3 / height
-    found = figure.text(x, y, "\n".join(lines), va="top", fontsize=9)
-    found.set(parse_math=False, linespacing=1.3)
-    figure.savefig(path)
+    lines = _findings(counts, most_confused(labels, predictions, classes), classes)
+    panel.set_axis_off()
+    panel.text(0, 1, "\n".join(lines), va="top", linespacing=1.3, **MONOSPACE)
+    figure.savefig(path, bbox_inches="tight")
 
 
-def mistakes(
+def plot_mistakes(
     probabilities: ArrayLike,
     labels: ArrayLike,
     classes: Sequence[str],
-    image_of: Callable[[int], np.ndarray | Image.Image],
+    load_image: Callable[[int], np.ndarray | Image.Image],
     path: Path,
     count: int = 20,
 ) -> None:
-    """The wrongly classified images of the highest cross-entropy, highest first.
+    """Draws the misclassified images with the highest cross-entropy, highest first.
 
     Args:
         probabilities: (images, classes).
         labels: (images,) class numbers.
         classes: their names.
-        image_of: the image of an index: of PIL, or an array (height, width) or
-            (height, width, channels) of uint8, or of floats from 0 to 1.
-        path: of the picture.
-        count: of images at most.
+        load_image: maps an index to an image: PIL's, or an array of shape (height,
+            width) or (height, width, channels), uint8 or floats in [0, 1].
+        path: where the plot is written.
+        count: maximum number of images.
     """
     _check_count(count)
     labels = _class_numbers("labels", labels, len(classes))
     probabilities = _probabilities(probabilities, labels, len(classes))
-    taken = probabilities.argmax(1)
+    predictions = probabilities.argmax(1)
     of_class = probabilities[np.arange(len(labels)), labels]
-    wrong = np.flatnonzero(taken != labels)
-    # the highest cross-entropy is the lowest probability, which may be 0
+    wrong = np.flatnonzero(predictions != labels)
+    # sorted by the probability of the class, since log(0) would not sort
     worst = wrong[np.lexsort((-probabilities.max(1)[wrong], of_class[wrong]))][:count]
     if not len(worst):
         figure = Figure(figsize=(6, 1.5), dpi=120)
@@ -271,7 +251,7 @@ def mistakes(
         figure.savefig(path)
         return
 
-    columns, cell, inner = min(COLUMNS, len(worst)), 2.9, 2.6  # inches
+    columns, cell = min(COLUMNS, len(worst)), 2.9  # inches
     rows = -(-len(worst) // columns)
     size = (cell * columns, cell * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained", dpi=120)
@@ -279,20 +259,19 @@ def mistakes(
         f"{len(worst)} of {len(wrong)} mistake(s) (n = {len(labels)}), "
         "the highest cross-entropy first"
     )
-    title = "\n".join(_wrapped(title, size[0] - 0.3, 12))
-    figure.suptitle(title, fontsize=12, x=0.05 / size[0], ha="left")
+    title = "\n".join(_wrap(title, (size[0] - 0.3) * 7 / 10))
+    figure.suptitle(title, family="monospace", fontsize=10, x=0.05 / size[0], ha="left")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()
-        ax.set_anchor("NW")  # beneath the beginning of its text
+        ax.set_anchor("NW")  # below the beginning of its text
     for ax, i in zip(axes, worst, strict=False):
-        _show(ax, image_of(int(i)))
+        _show(ax, load_image(int(i)))
         lines = []
-        for verb, chosen in (("is", labels[i]), ("taken for", taken[i])):
-            name, share = _short(classes[chosen], 90), probabilities[i, chosen]
-            text = f"{verb} {name}, {_percent(share)}"
-            lines += _wrapped(text, inner, 8)
-        ax.set_title("\n".join(lines), fontsize=8, loc="left", parse_math=False)
+        for verb, label in (("is", labels[i]), ("taken for", predictions[i])):
+            name, share = _abridge(classes[label], 90), probabilities[i, label]
+            lines += _wrap(f"{verb} {name}, {_percent(share)}", 2.5)
+        ax.set_title("\n".join(lines), loc="left", **MONOSPACE)
     figure.savefig(path)
 
 
@@ -303,13 +282,13 @@ def _show(ax, image: Any) -> None:
     image = np.asarray(image)
     if image.ndim != 2 and (image.ndim != 3 or image.shape[-1] not in (1, 3, 4)):
         raise ValueError(
-            "image_of must return images of (height, width) or (height, width, 1, 3 or "
-            f"4), got {image.shape}"
+            "load_image must return shape (height, width) or (height, width, channels) "
+            f"with 1, 3 or 4 channels, got {image.shape}"
         )
-    top = 255 if image.dtype == np.uint8 else 1
-    if not (image.min() >= 0 and image.max() <= top):
+    maximum = 255 if image.dtype == np.uint8 else 1
+    if not (image.min() >= 0 and image.max() <= maximum):
         raise ValueError(
-            "image_of must return uint8, or floats from 0 to 1; got "
+            "load_image must return uint8 or floats in [0, 1], got "
             f"{image.dtype} from {image.min():g} to {image.max():g}"
         )
-    ax.imshow(image, cmap="gray", vmin=0, vmax=top)
+    ax.imshow(image, cmap="gray", vmin=0, vmax=maximum)

@@ -1,4 +1,7 @@
-"""The optimizer that a configuration names."""
+"""The optimizer that a configuration names: one of adamw_jax, or any other's.
+
+A configuration has optimizer, weight_decay, l2, b1, b2 and optimizer_args.
+"""
 
 import dataclasses
 import importlib
@@ -10,38 +13,37 @@ import optax
 
 import adamw_jax
 from adamw_jax import Phases
+from train.recipes.check import Rules
 
-OURS = ("adam", "adamw", "amsgrad", "sgd")  # the last has no b2
+ADAMS = ("adam", "adamw", "amsgrad")
+OURS = (*ADAMS, "sgd")  # the last has no b2
 
 
-def optimizer_rules(c: Any) -> dict[str, tuple[Any, str]]:
-    """For a script's `check`: by option, whether it is right, and what it must be."""
-    alone = f"left alone with {c.optimizer}, which takes it by optimizer_args"
+def optimizer_rules(config: Any) -> Rules:
+    """For `check_options`. make_optimizer and check_optimizer check the rest."""
+    name, defaults = config.optimizer, type(config)
+    default = f"left at its default with {name}, which takes it by optimizer_args"
     return {
         "optimizer": (
-            c.optimizer in OURS or "." in c.optimizer,
-            f"one of {', '.join(OURS)}, or an import path as optax.lion",
+            name in OURS or "." in name,
+            f"one of {', '.join(OURS)}, or an import path such as optax.lion",
         ),
-        "b1": (c.optimizer in OURS or c.b1 == type(c).b1, alone),
-        "b2": (c.optimizer in OURS[:3] or c.b2 == type(c).b2, alone),
+        "b1": (name in OURS or config.b1 == defaults.b1, default),
+        "b2": (name in ADAMS or config.b2 == defaults.b2, default),
     }
 
 
-def optimizer_of(config: Any, cycle: Phases) -> optax.GradientTransformation:
-    """Ours are driven by all of the cycle, others by its learning rate."""
-    if config.optimizer in OURS:
-        factory, rate = getattr(adamw_jax, config.optimizer), cycle
+def make_optimizer(config: Any, schedule: Phases) -> optax.GradientTransformation:
+    """Ours follow the whole schedule, others its learning rate.
+
+    Raises:
+        ValueError: there is no such optimizer, or it does not take its arguments.
+    """
+    name = config.optimizer
+    if name in OURS:
+        factory, learning_rate = getattr(adamw_jax, name), schedule
     else:
-        module, _, attribute = config.optimizer.rpartition(".")
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"optimizer: cannot import {config.optimizer!r}: {error}"
-            ) from error
-        rate = cycle.schedule("learning_rate")
-        if not callable(factory):
-            raise ValueError(f"optimizer must be a function, got {config.optimizer}")
+        factory, learning_rate = _load(name), schedule.schedule("learning_rate")
     known, args = inspect.signature(factory).parameters, dict(config.optimizer_args)
     for decay in ("weight_decay", "l2"):  # also 0, which need not be the default
         value = getattr(config, decay)
@@ -49,34 +51,44 @@ def optimizer_of(config: Any, cycle: Phases) -> optax.GradientTransformation:
             args[decay] = value
         elif value and decay not in args:
             raise ValueError(
-                f"{decay} must be 0 with {config.optimizer}, which has no such "
-                f"argument, got {value}"
+                f"{decay} must be 0 with {name}, which has no such argument, "
+                f"got {value}"
             )
     try:
-        tx = factory(rate, **args)
+        tx = factory(learning_rate, **args)
     except TypeError as error:
         raise ValueError(
-            f"optimizer_args: {config.optimizer} does not take {args}: {error}"
+            f"optimizer_args: {name} does not take {args}: {error}"
         ) from error
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
-        raise ValueError(
-            f"optimizer: {config.optimizer} is not a transformation of gradients"
-        )
+        raise ValueError(f"optimizer: {name} is not a gradient transformation")
     return tx
 
 
-def rate_alone(cycle: Phases, steps_per_epoch: int) -> Phases:
-    """For optimizers that are not ours, of which nothing else is driven."""
-    phases = [dataclasses.replace(phase, b1=None) for phase in cycle.phases]
+def _load(name: str) -> Any:
+    """The function with an import path."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"optimizer: cannot import {name!r}: {error}") from error
+    if not callable(factory):
+        raise ValueError(f"optimizer must be a function, got {name}")
+    return factory
+
+
+def learning_rate_only(schedule: Phases, steps_per_epoch: int) -> Phases:
+    """Drops b1, for optimizers that are not ours."""
+    phases = [dataclasses.replace(phase, b1=None) for phase in schedule.phases]
     return Phases(phases, steps_per_epoch)
 
 
 def check_optimizer(config: Any, tx: optax.GradientTransformation, params: Any) -> None:
-    """Raises a ValueError where the optimizer wants more than a gradient."""
+    """Raises a ValueError where the optimizer needs more than gradients and params."""
     try:
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
     except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"optimizer: {config.optimizer} is not a transformation of gradients that "
-            f"needs nothing but them and the parameters: {error}"
+            f"optimizer: {config.optimizer} is not a gradient transformation of "
+            f"gradients and parameters alone: {error}"
         ) from error

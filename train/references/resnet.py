@@ -1,13 +1,13 @@
-"""`train.resnet` in PyTorch, with torchvision's names, to compare it with in float64.
+"""`train.models.resnet` in PyTorch, the reference for the tests in float64.
 
-It is torchvision's ResNet with `avgpool = ConcatPool()` and another `fc`; a model of
-`train.cars` can be loaded into either.
+torchvision's ResNet with `avgpool = ConcatPool()` and another `fc`. A model written by
+`train.cars` loads into either.
 """
 
 import torch
 from torch import nn
 
-LAYERS = {  # is a block a bottleneck, and how many of them at each size of the maps
+LAYERS = {  # whether blocks are bottlenecks, number of blocks at each resolution
     "resnet18": (False, (2, 2, 2, 2)),
     "resnet34": (False, (3, 4, 6, 3)),
     "resnet50": (True, (3, 4, 6, 3)),
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The stride is in the 3 x 3 convolution."""
+    """The 3 x 3 convolution has the stride."""
 
     def __init__(self, n_in, n_mid, stride):
         super().__init__()
@@ -61,14 +61,14 @@ class Bottleneck(nn.Module):
 
 
 class ConcatPool(nn.Module):
-    """Maximum and mean over the map, in this order."""
+    """Maximum and mean over the feature map, in this order."""
 
     def forward(self, x):
         return torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
 
 
 class ResNet(nn.Module):
-    """Body and head; takes NCHW images, returns logits."""
+    """Body and head: NCHW images to logits."""
 
     def __init__(self, architecture="resnet50", width=64, classes=196):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: written in the background, complete or not there."""
+"""Checkpoints by Orbax, written in the background, each complete or absent."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,12 +10,12 @@ from orbax.checkpoint import v1 as ocp
 
 
 def open_folder(folder: Path) -> ocp.training.Checkpointer:
-    """The checkpoints in this folder, of which the last two are kept.
+    """Opens a folder that keeps the last two checkpoints.
 
-    What a killed process had not finished writing is removed.
+    Removes what a killed process has left unfinished.
     """
-    # Every call of `save` is one, also while the last is still being written. (As Any:
-    # Orbax's own policies are not of the types that it asks for.)
+    # Every call of `save` writes, also while the one before is still writing. (`Any`,
+    # because Orbax's policies do not have the types that it declares.)
     every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     last_two: Any = ocp.training.preservation_policies.LatestN(2)
     return ocp.training.Checkpointer(
@@ -27,27 +27,27 @@ def open_folder(folder: Path) -> ocp.training.Checkpointer:
 
 
 def save(checkpoints: ocp.training.Checkpointer, step: int, state: Any) -> None:
-    """Begins to write. The state is copied, so that it can be donated meanwhile."""
+    """Starts writing. The state is copied, so that it can be donated meanwhile."""
     checkpoints.save_async(step, jax.tree.map(jnp.copy, state))
 
 
 def restore(checkpoints: ocp.training.Checkpointer, like: Any) -> Any:
-    """The latest state, with types, dtypes and places of `like`; None if there is none.
+    """The latest state, with the types and shardings of `like`; None if there is none.
 
     Raises:
         ValueError: the checkpoint is of another network or another optimizer.
     """
     if checkpoints.latest is None:
         return None
-    # Asked beforehand: a restoration that fails leaves threads behind.
-    there = _sizes(checkpoints.metadata(checkpoints.latest).metadata)
-    wanted = _sizes(like)
-    if there != wanted:
+    # Compared first, because a restoration that fails leaves threads behind.
+    saved = _shapes(checkpoints.metadata(checkpoints.latest).metadata)
+    expected = _shapes(like)
+    if saved != expected:
         raise ValueError(
             f"{checkpoints.directory}: the checkpoint of step "
             f"{checkpoints.latest.step} does not fit this run: it has arrays of "
-            f"{', '.join(there - wanted) or 'no other sizes'}, where this run has "
-            f"{', '.join(wanted - there) or 'none'}"
+            f"{', '.join(saved - expected) or 'no other sizes'}, where this run has "
+            f"{', '.join(expected - saved) or 'none'}"
         )
     return checkpoints.load(None, jax.tree.map(_abstract, like))
 
@@ -59,39 +59,39 @@ def latest(folder: Path) -> Any:
 
 
 def read(folder: Path, like: Any) -> Any:
-    """Parts of the last checkpoint, on one device. Nothing is written or removed.
+    """Reads parts of the last checkpoint to one device, and changes nothing.
 
     Args:
-        folder: in which a run in progress may be writing.
-        like: a dictionary of the fields of the state that are wanted.
+        folder: of checkpoints; a run in progress may be writing to it.
+        like: a dictionary with the fields of the state to read.
 
     Raises:
         ValueError: the checkpoint is of another network.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like
     )
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     while True:
-        now = latest(folder)
+        last = latest(folder)
         try:
-            missing = _sizes(like) - _sizes(ocp.metadata(now.path).metadata)
-            if missing:  # a restoration that fails leaves threads behind
+            missing = _shapes(like) - _shapes(ocp.metadata(last.path).metadata)
+            if missing:  # compared first, as in `restore`
                 raise ValueError(
-                    f"{now.path} does not fit the settings of its run, which have "
+                    f"{last.path} does not fit the settings of its run, which have "
                     f"arrays of {', '.join(missing)}: were they changed?"
                 )
             with context:
-                return ocp.load(now.path, like)
-        except Exception:  # Orbax raises just that
-            # A run in progress keeps its last two, and may have removed this one.
-            if latest(folder).step == now.step:
+                return ocp.load(last.path, like)
+        except Exception:  # Orbax raises nothing more specific
+            # A run in progress keeps two checkpoints, and may have removed this one.
+            if latest(folder).step == last.step:
                 raise
 
 
-def _sizes(tree) -> Counter[str]:
+def _shapes(tree) -> Counter[str]:
     return Counter(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree))
 
 

@@ -1,4 +1,4 @@
-"""What the scripts run on: devices, number formats, and the memory of the compiler."""
+"""Devices, dtypes and the compilation cache."""
 
 import os
 from pathlib import Path
@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 def use_all_cores(batch_size: int | None = None) -> None:
     """Makes every core of a CPU a device; call it before JAX is used.
 
-    A convolution or a small matrix product gains little from a second core. With a
-    batch size, as many as divide it. Without an effect on other devices. What is in
-    XLA_FLAGS already comes last and wins.
+    A convolution or a small matrix product gains little from a second core. Without
+    effect on other devices. Flags that XLA_FLAGS already has take precedence.
+
+    Args:
+        batch_size: the number of devices divides it; None: one per core.
     """
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
@@ -28,10 +30,10 @@ def use_all_cores(batch_size: int | None = None) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs, so that the next start is a fast one.
+    """Keeps compiled programs on disk, so that the next start is fast.
 
-    They are in ~/.cache/adamw_jax, a folder for each version of the compiler, unless
-    JAX_COMPILATION_CACHE_DIR says otherwise.
+    They are in ~/.cache/adamw_jax, in a folder per version of jaxlib, unless
+    JAX_COMPILATION_CACHE_DIR is set.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -40,12 +42,12 @@ def use_compilation_cache() -> None:
 
 
 def data_mesh() -> Mesh:
-    """All devices on one axis, `data`, along which batches are split."""
+    """All devices on one axis, `data`, over which batches are split."""
     return Mesh(np.array(jax.devices()), ("data",))
 
 
 def compute_dtype(name: str):
-    """That of the activations. "auto": bfloat16, where the device computes with it."""
+    """The dtype of activations; "auto": bfloat16 where the device computes in it."""
     if name == "auto":
         device = jax.devices()[0]
         old_gpu = float(getattr(device, "compute_capability", 8)) < 8  # T4, V100

@@ -1,6 +1,7 @@
 """AdamW's step: the same training as by update and apply_updates, wherever it runs."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from reference import adam_loop
+from tiers import matrix
 from ways import (
     ULP,
     WAYS,
@@ -55,7 +57,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", matrix(OPTIMIZERS, quick=("phases", "masked", "maximize", "accumulated"))
+)
 def test_a_training(name, lenient):
     """The same parameters and the same state as by two calls."""
     tx = OPTIMIZERS[name]()
@@ -128,6 +132,7 @@ def is_bias(tree):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behind",
     [
@@ -184,6 +189,7 @@ def test_effects_happen_once(behind, lenient):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -309,8 +315,12 @@ def test_vmap():
 
 @pytest.mark.parametrize(
     "derivative",
-    [jax.grad, jax.jacfwd, jax.hessian, lambda f: jax.vmap(jax.grad(f))],
-    ids=["reverse", "forward", "second", "of members"],
+    [
+        pytest.param(jax.grad, id="reverse"),
+        pytest.param(jax.jacfwd, id="forward", marks=pytest.mark.slow),
+        pytest.param(jax.hessian, id="second", marks=pytest.mark.slow),
+        pytest.param(lambda f: jax.vmap(jax.grad(f)), id="of members"),
+    ],
 )
 def test_derivatives(derivative):
     """With respect to the learning rate and a decay of 0, through three steps."""
@@ -351,9 +361,17 @@ def test_other_platforms_get_xla(lowering):
 
 
 @needs_kernel
-@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
-@pytest.mark.parametrize("spec", [("x",), (None, "x"), ()], ids=str)
-@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "spec", "accumulated"),
+    matrix(
+        list(
+            itertools.product(
+                ["Auto", "Explicit"], [("x",), (None, "x"), ()], [False, True]
+            )
+        ),
+        quick=[("Auto", ("x",), False), ("Explicit", (None, "x"), True)],
+    ),
+)
 def test_two_devices(axes, spec, accumulated):
     """Every device computes what it holds, and nothing is sent."""
     types = (getattr(jax.sharding.AxisType, axes),)
@@ -474,7 +492,9 @@ CLIPPED = {
 }
 
 
-@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize(
+    "name", matrix(CLIPPED, quick=("adamw", "inside freeze", "accumulated"))
+)
 def test_clipped(lenient, name):
     tx = CLIPPED[name]()
     at_once, two = (trajectory(way, tx, PARAMS, GRADS) for way in WAYS)

@@ -8,6 +8,8 @@ import sys
 import pytest
 from ways import needs_kernel
 
+from adamw_jax.fused import build
+
 CODE = """
 import warnings, jax.numpy as jnp, adamw_jax as aj
 from adamw_jax.fused import build, kernel
@@ -37,12 +39,14 @@ def in_process(tmp_path, **env):
     return warned, why
 
 
+@pytest.mark.slow
 def test_switched_off(tmp_path):
     warned, why = in_process(tmp_path, ADAMW_JAX_KERNEL="0")
     assert (warned, why) == ("[]", "ADAMW_JAX_KERNEL is 0")
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", [shutil.which("false"), "/no/such/compiler"])
 def test_a_compiler_that_fails(tmp_path, compiler):
     """One warning, whatever is computed after it; nothing is left behind."""
@@ -52,6 +56,7 @@ def test_a_compiler_that_fails(tmp_path, compiler):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_a_compiler_that_does_not_know_the_processor(tmp_path):
     script = tmp_path / "compiler"
@@ -63,12 +68,14 @@ def test_a_compiler_that_does_not_know_the_processor(tmp_path):
     assert in_process(tmp_path, CXX=str(script)) == ("[]", "None")
 
 
+@pytest.mark.slow
 def test_a_command_that_cannot_be_read(tmp_path):
     warned, why = in_process(tmp_path, CXX='c++ "')
     assert warned == "['adamw_jax runs without its CPU kernel: i']"
     assert "No closing quotation" in why
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_a_relative_cache_is_none(tmp_path, monkeypatch):
     """As its specification says; nothing is written where the program happens to be."""
@@ -78,11 +85,13 @@ def test_a_relative_cache_is_none(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path):
     warned, why = in_process(tmp_path, PATH=str(tmp_path))
     assert (warned, why[:24]) == ("[]", "there is no C++ compiler")
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_it_is_compiled_once(tmp_path):
     assert in_process(tmp_path) == ("[]", "None")
@@ -92,15 +101,41 @@ def test_it_is_compiled_once(tmp_path):
     assert [x.stat().st_mtime_ns for x in path.parent.iterdir()] == [made]
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "adamw_jax").write_text("a file where a folder should be")
     assert in_process(tmp_path) == ("[]", "None")
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_a_damaged_kernel_is_made_anew(tmp_path):
     in_process(tmp_path)
     (path,) = (tmp_path / "adamw_jax").iterdir()
     path.write_bytes(b"no library")
     assert in_process(tmp_path) == ("[]", "None")
+
+
+# ---- in this process, where the kernel is loaded already ----------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "adamw_jax"
+
+
+@pytest.mark.parametrize("command", [shutil.which("false"), 'c++ "'])
+def test_a_failure_is_one_warning(cache, monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    with pytest.warns(RuntimeWarning, match="adamw_jax goes without its kernel"):
+        why = build._load.__wrapped__()
+    assert why.startswith("it could not be compiled and loaded")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_no_compiler_is_no_warning(cache, monkeypatch):
+    monkeypatch.setenv("PATH", str(cache))
+    assert build._load.__wrapped__().startswith("there is no C++ compiler")

@@ -254,7 +254,7 @@ def test_blocks_that_cross_the_leaves():
     state = tx.init(flat)
     updates, _ = tx.update(flat, state, flat)
     assert np.isfinite(updates.buffers["float32"]).all()
-    with pytest.raises(ValueError, match="of buffer float32 there is a Blocks"):
+    with pytest.raises(ValueError, match="buffer float32 was replaced by a Blocks"):
         aj.unpack(state)
 
 
@@ -352,14 +352,12 @@ def test_a_mask_that_cuts_through_a_buffer():
     flat = aj.pack(params_of())
     for mask in (not_bias, aj.mask_by_path("kernel")):
         with pytest.raises(
-            ValueError, match=r"mask says .* one buffer; .*flatten\("
+            ValueError, match=r"mask is .* share a buffer; .*pack\("
         ) as e:
             aj.adamw(0.1, mask=mask).init(flat)
         assert "dense/bias" in str(e.value) and "dense/kernel" in str(e.value)
     groups = aj.scale_by_group({"head": 1.0, "body": 0.1}, labels)
-    with pytest.raises(
-        ValueError, match=r"labels says 'body' for dense/bias and 'head'"
-    ):
+    with pytest.raises(ValueError, match=r"labels is 'body' for dense/bias and 'head'"):
         groups.init(flat)
 
 
@@ -377,7 +375,9 @@ def test_trees_that_do_not_fit():
     flat = aj.pack({"a": jnp.ones(2), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match="tree has no leaf b"):
         aj.pack_like({"a": jnp.ones(2)}, flat)
-    with pytest.raises(ValueError, match=r"leaf b has the shape \(4,\), but \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"leaf b must have the packed shape \(3,\), got \(4,\)"
+    ):
         aj.pack_like({"a": jnp.ones(2), "b": jnp.ones(4)}, flat)
     mixed = {"a": jnp.ones(2), "b": jnp.ones(3, jnp.bfloat16)}
     with pytest.raises(ValueError, match="bfloat16 and float32 in buffer float32"):
