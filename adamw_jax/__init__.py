@@ -41,8 +41,8 @@ Memory
     quantize_blockwise, dequantize_blockwise: moments in eight bits.
 
 PyTorch checkpoints
-    optimizer_from_torch_state_dict, phases_from_torch_scheduler: go on where PyTorch
-    stopped. from_torch_state_dict, to_torch_state_dict: optimizer states.
+    optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
+    PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
     params_from_torch_state_dict, params_to_torch_state_dict: parameters. Layout,
     flax_layout: the axes of kernels.
 """

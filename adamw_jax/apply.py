@@ -64,7 +64,7 @@ def update_and_apply(
       :func:`adamw_jax.freeze_leaves` and :func:`adamw_jax.with_hyperparams` if their
       inner transformation has one. `optax.chain` and Optax's wrappers have none.
 
-    :func:`describe_step` says which way a transformation takes, and why.
+    :func:`describe_step` says which of the two a transformation gets, and why.
 
     Compile the training step with params and state donated, in the order in which they
     are returned: JAX pairs donated buffers with results by position. Otherwise both are
@@ -73,7 +73,7 @@ def update_and_apply(
     Args:
         tx: any transformation.
         grads: the gradients, of one micro-batch if `tx` accumulates.
-        state: the state of `tx`; it does not depend on the way.
+        state: the state of `tx`; it is the same with and without a step.
         params: the parameters.
         **extra_args: passed on to `tx`, such as `weight` and `last` of
             :func:`adamw_jax.accumulate_gradients`.
@@ -111,7 +111,7 @@ def update_and_apply(
 def describe_step(
     tx: optax.GradientTransformation, params: optax.Params | None = None
 ) -> str:
-    """Says which way :func:`update_and_apply` takes for a transformation, and why.
+    """Says how :func:`update_and_apply` computes a transformation, and why.
 
     Args:
         tx: any transformation.

@@ -47,16 +47,15 @@ def optimizer_from_torch_state_dict(
 
     Parameter groups translate as follows:
 
-    =====================================  =============================================
-    groups with equal options              one :func:`adam`, :func:`adamw`, ...
-    different `lr`                         the learning rate of the first group, with
-                                           the ratios in :func:`scale_by_group`
-    `weight_decay=0` in some groups        the optimizer's `mask`
-    different `betas`, `eps`, ..., or two  `optax.partition`, with one optimizer for
-    different nonzero decays               each
-    different step counts                  likewise, so that each keeps its own count
-    parameters in no group                 :func:`freeze_leaves`
-    =====================================  =============================================
+    ========================================  ==========================================
+    groups with equal options                 one :func:`adam`, :func:`adamw`, ...
+    different `lr`                            the learning rate of the first group, with
+                                              the ratios in :func:`scale_by_group`
+    `weight_decay=0` in some groups           the optimizer's `mask`
+    different `betas`, ..., nonzero decays    `optax.partition`, one optimizer for each
+    different step counts                     likewise, so that each keeps its own count
+    parameters in no group                    :func:`freeze_leaves`
+    ========================================  ==========================================
 
     A parameter in a group that never had a gradient starts with its first one. If it
     had none because it should stay frozen, build the optimizer yourself, with

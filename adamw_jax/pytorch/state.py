@@ -80,8 +80,8 @@ def from_torch_state_dict(
     The moments are copied bit for bit. Conventions that bite:
 
     * **Bias correction.** PyTorch stores only the number of steps and corrects with
-      $1 - \beta_1^t$ for the current $\beta_1$. `bias_correction="torch"` continues
-      exactly so. `"exact"` needs the product of all betas so far, which no checkpoint
+      $1 - \beta_1^t$ for the current $\beta_1$. `bias_correction="torch"` does
+      the same. `"exact"` needs the product of all betas so far, which no checkpoint
       of PyTorch has. It is computed from `b1` and `b2` if they are passed here, and
       otherwise is the current beta of the group to the power t. For constant betas all
       three are equal. For cycled betas the last one differs until $\prod \beta_1$ has
@@ -107,9 +107,9 @@ def from_torch_state_dict(
             paths of the leaves in that order. None: read from the dict, if PyTorch's
             optimizer was built from `net.named_parameters()`.
         rename: from such a name to the path of the leaf, or to the name that PyTorch
-            would give that leaf, as a function or a dict; names that are not in the
-            dict stay. Then `conv1.weight` matches `conv1/weight`, `conv1/kernel`,
-            `conv1/scale` or `conv1/embedding`.
+            would give that leaf, as a function or a dict. Names that are not in a dict
+            are used unchanged. Then `conv1.weight` matches `conv1/weight`,
+            `conv1/kernel`, `conv1/scale` or `conv1/embedding`.
         layout: converts arrays. The default knows Flax's kernels.
         step: number of updates done, from which schedules continue. None: the highest
             count of PyTorch. SGD stores no count, so it needs this argument.

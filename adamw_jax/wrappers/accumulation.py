@@ -63,7 +63,7 @@ def accumulate_gradients(
     * Clipping in front acts on each micro-batch, clipping inside on the mean.
     * Which leaves have a None gradient may change between windows, not within one.
 
-    `update` takes two keyword arguments more and passes all others to `inner`:
+    `update` takes two more keyword arguments and passes all others to `inner`:
 
     * `weight`, $w_i \ge 0$, 1 by default: the number of examples or tokens in the
       micro-batch. One of weight 0 is ignored, even if its gradient is 0 / 0.
@@ -140,7 +140,7 @@ def accumulate_gradients(
             new_sum = new_sum * divisor.astype(old_sum.dtype)
             return new_sum, new_sum
 
-        # Outside lax.cond, into and out of which XLA would copy the sums.
+        # Not inside lax.cond: XLA would copy the sums into it and out of it.
         mean, sums = map_leaves(add, grads, {"state.grads": state.grads}, carried=1)
         out, inner_state = jax.lax.cond(
             runs, run, wait, mean, state.inner_state, params

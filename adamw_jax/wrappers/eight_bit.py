@@ -76,11 +76,11 @@ def quantize_blockwise(
 
     `mu` and the root of `nu` are fourth powers of their codes: a smooth form of the
     dynamic tree of Dettmers et al., in which each decade has half as many codes as the
-    one above. It needs no table and no search, only square roots. Its error in
-    Adam's update is smaller for `mu` and about as large for `nu`. It is far smaller
-    where the values of a block differ by orders of magnitude, because the codes reach
-    down to 4e-9 (int8) and 6e-20 (uint8) of the largest value, instead of 5e-7 and
-    3e-7.
+    one above. It needs no table and no search, only square roots. Compared with theirs,
+    its error in Adam's update is smaller for `mu` and about as large for `nu`. It is
+    far smaller where the values of a block differ by orders of magnitude, because the
+    codes reach down to 4e-9 (int8) and 6e-20 (uint8) of the largest value, instead of
+    5e-7 and 3e-7.
 
     Conventions that bite:
 
