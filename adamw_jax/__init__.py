@@ -1,4 +1,51 @@
-"""Adam's family for JAX: exact where Optax and PyTorch are not, driven by phases."""
+"""Adam's family for JAX: exact where Optax and PyTorch are not, driven by phases.
+
+Everything that transforms gradients is an Optax transformation and works in
+`optax.chain`, under `jit`, `vmap` and on sharded arrays:
+
+    >>> import jax.numpy as jnp
+    >>> import adamw_jax as aj
+    >>> tx = aj.adamw(aj.one_cycle(3e-3, steps=1000), weight_decay=0.1)
+    >>> params, grads = {"kernel": jnp.ones(3)}, {"kernel": jnp.ones(3)}
+    >>> state = tx.init(params)
+    >>> params, state = aj.update_and_apply(tx, grads, state, params)
+
+Optimizers
+    adam, adamw, amsgrad, sgd: drop-ins for Optax's, with the hyperparameters in the
+    state. current_hyperparams reads them, override_hyperparams changes them;
+    with_hyperparams does the same for a chain of your own.
+
+Links of a chain
+    scale_by_adam, scale_by_amsgrad, trace: moments. add_decayed_weights,
+    add_l2_gradient, normalized_weight_decay: decay. clip_by_global_norm,
+    scale_by_learning_rate, round_updates_stochastically, stochastic_round. chain: as
+    optax.chain, and keeps the one-pass step of update_and_apply.
+
+Schedules
+    one_cycle, one_cycle_plateau, one_cycle_torch, cosine_restarts, range_test: Phases
+    that drive learning rate, betas and decay together. Phase, Phases: your own.
+    lr_finder.find: the range test for any loss function.
+
+Some leaves only
+    mask_by, mask_by_path, no_decay_on_bias_and_norm, describe_mask: masks.
+    labels_by_path with scale_by_group: a learning rate for each group.
+    freeze_leaves: train only the others.
+
+From updates to parameters
+    update_and_apply: in one pass over memory where that is possible; describe_step
+    says whether it is. apply_updates: adds updates, and accepts None.
+
+Memory
+    accumulate_gradients, has_updated: large batches from small ones. pack, unpack,
+    pack_like: thousands of small leaves in a few buffers. quantize_moments,
+    quantize_blockwise, dequantize_blockwise: moments in eight bits.
+
+PyTorch checkpoints
+    optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
+    PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
+    params_from_torch_state_dict, params_to_torch_state_dict: parameters. Layout,
+    flax_layout: the axes of kernels.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""Checks of arguments; an error names the argument, its value and what is allowed."""
+"""Argument checks. Every error names the argument, its value and what is allowed."""
 
 import math
 from typing import Any, TypeGuard
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def is_static(x: Any) -> TypeGuard[float]:
-    """Whether the value is a Python or NumPy number, known while tracing."""
+    """Whether x is a Python or NumPy number, and so known at trace time."""
     return isinstance(x, int | float | np.number)
 
 
@@ -20,11 +20,11 @@ def check_scalar(
     below: float = math.inf,
     schedule: bool = False,
 ) -> None:
-    """Raises unless value is a number in [0, below), or an array, or a schedule.
+    """Raises unless value is a number in [0, below), a scalar array or a schedule.
 
-    Arrays pass: a traced one has no number yet, and a concrete one comes from the
-    state at every update out of `jit`, where a schedule that ends at -1e-12 instead
-    of 0 must not stop a run. NaN and infinity never do.
+    The range of an array is not checked: a traced array has no value yet, and outside
+    `jit` a concrete one comes from the state at every update, where a schedule that
+    ends at -1e-12 instead of 0 must not stop a run. NaN and infinity are refused.
     """
     if isinstance(value, jax.Array) and value.ndim == 0:
         return
@@ -38,7 +38,7 @@ def check_scalar(
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
-    # As it will be computed with: 1 - 1e-9 is 1 in float32.
+    # Rounded to the dtype of the computation: 1 - 1e-9 is 1 in float32.
     rounded = (
         float(np.asarray(number, jnp.result_type(float))) if below == 1 else number
     )
@@ -65,6 +65,8 @@ def check_storage_dtype(name: str, dtype: Any) -> None:
         raise TypeError(f"{name} must be None or a float dtype, got {dtype.name}")
 
 
-def need_params(params: Any) -> None:
+def check_params(params: Any) -> None:
     if params is None:
-        raise ValueError("update needs the parameters: update(updates, state, params)")
+        raise ValueError(
+            "update needs the parameters: call update(updates, state, params)"
+        )

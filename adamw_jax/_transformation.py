@@ -1,4 +1,4 @@
-"""The class of our transformations: Optax's, and what one may be able to do beside."""
+"""`Transformation`: an Optax transformation that may offer more than `update`."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,25 +12,25 @@ from ._tree import compute_dtype
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """An `optax.GradientTransformationExtraArgs` that may have more than `update`.
+    """An `optax.GradientTransformationExtraArgs` that may offer more than `update`.
 
-    `update` returns updates, always. Whatever else a transformation can do is an
-    attribute that it has or lacks, so `hasattr` is the question to ask:
+    `update` always returns updates. Everything else is an optional attribute: ask for
+    it with `hasattr`.
 
     Attributes:
         step: `step(grads, state, params, *, factor=None, **extra_args) -> (params,
-            state)`: what `update` and :func:`adamw_jax.apply_updates` do together,
-            where that is cheaper. The state is the one of `update`. `factor`, a scalar
-            or None, multiplies every gradient first.
-        factor: `factor(grads, state) -> (scalar, state)`, of a transformation that
+            state)`: does the work of `update` and :func:`adamw_jax.apply_updates` in
+            one call, where that is cheaper. The state is the same as that of `update`.
+            `factor`, a scalar or None, multiplies every gradient first.
+        factor: `factor(grads, state) -> (scalar, state)`: present if the transformation
             multiplies all gradients by one scalar.
-        describe_step: `describe_step(params) -> str`, how `step` works and why; see
+        describe_step: `describe_step(params) -> str`: how `step` works and why; see
             :func:`adamw_jax.describe_step`.
         links: the transformations of a chain.
-        arguments: what a link was built with, by name.
-        factory: of :func:`adamw_jax.with_hyperparams`, from values to the inner
-            transformation.
-        hyperparams: what drives each of these values, by name.
+        arguments: the arguments that a link was built with, by name.
+        factory: the factory of :func:`adamw_jax.with_hyperparams`, from hyperparameter
+            values to the inner transformation.
+        hyperparams: the number or schedule behind each of these values, by name.
     """
 
     step: Callable[..., tuple[Any, Any]]
@@ -42,7 +42,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
     hyperparams: Mapping[str, Any]
 
     def __new__(cls, init: Any, update: Any, **attributes: Any) -> "Transformation":
-        """From `init`, `update` and the attributes that this one has."""
+        """Builds a transformation from `init`, `update` and its optional attributes."""
         self = super().__new__(cls, init, update)
         unknown = attributes.keys() - Transformation.__annotations__.keys()
         assert not unknown, unknown
@@ -51,7 +51,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
 
 def multiply(grads: optax.Updates, factor: jax.Array | None) -> optax.Updates:
-    """The gradients times a scalar, in float32 (float64 for float64 gradients)."""
+    """Multiplies the gradients by a scalar, in float32 (float64 for float64 ones)."""
     if factor is None:
         return grads
 
@@ -66,7 +66,7 @@ def multiply(grads: optax.Updates, factor: jax.Array | None) -> optax.Updates:
 def step_with_factor(
     tx: Any, grads: Any, state: Any, params: Any, factor: Any, **extra_args: Any
 ) -> tuple[Any, Any]:
-    """Calls `tx.step`, which need not know about factors if it is not one of ours."""
+    """Calls `tx.step`; a step of another library need not accept `factor`."""
     if factor is None:
         return tx.step(grads, state, params, **extra_args)
     if "factor" in inspect.signature(tx.step).parameters:

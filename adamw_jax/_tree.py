@@ -1,4 +1,4 @@
-"""Functions over the leaves of trees: names, checks that use them, maps."""
+"""Trees and their leaves: paths, dtypes, error messages, maps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ def is_none(x: Any) -> bool:
 
 
 def path_string(path: tuple) -> str:
-    """The path of a leaf, `layers/0/kernel`, without the `.value` that NNX appends."""
+    """The path of a leaf, such as `layers/0/kernel`, without the `.value` of NNX."""
     parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
     last = path[-1] if path else None
     if isinstance(last, jax.tree_util.GetAttrKey) and last.name in (
@@ -29,13 +29,13 @@ def path_string(path: tuple) -> str:
 
 
 def compute_dtype(dtype: Any) -> Any:
-    """Arithmetic is done in float32, in float64 for float64 leaves."""
+    """The dtype of the arithmetic: float32, or float64 for float64 leaves."""
     x64 = dtype == jnp.float64 and jax.config.read("jax_enable_x64")
     return jnp.float64 if x64 else jnp.float32
 
 
 def scalar_dtype(tree: Any) -> Any:
-    """The dtype of scalars that meet every leaf of the tree: float32 or float64."""
+    """The dtype of scalars that are shared by all leaves: float32 or float64."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
     wide = any(compute_dtype(leaf.dtype) == jnp.float64 for leaf in leaves)
     return jnp.float64 if wide else jnp.float32
@@ -46,9 +46,10 @@ def increment(count: jax.Array) -> jax.Array:
 
 
 def zeros_like_params(params: Any, dtype: Any = None) -> Any:
-    """A moment for every parameter: zeros of `dtype`, or of the compute dtype.
+    """Initial moments: zeros in `dtype`, or by default in the compute dtype.
 
-    The zeros follow the parameter's sharding. A leaf that is no float is refused.
+    The zeros follow the sharding of the parameters. Raises TypeError for a leaf that
+    is not floating point.
     """
 
     def zeros(path, p):
@@ -56,7 +57,7 @@ def zeros_like_params(params: Any, dtype: Any = None) -> Any:
         if not jnp.issubdtype(p.dtype, jnp.floating):
             raise TypeError(
                 f"parameter {path_string(path)} has dtype {p.dtype}; only floating "
-                "point parameters can be trained (pass None in its place, or freeze it)"
+                "point parameters can be trained (replace it by None, or freeze it)"
             )
         return jnp.zeros_like(p, dtype=dtype or compute_dtype(p.dtype))
 
@@ -64,12 +65,12 @@ def zeros_like_params(params: Any, dtype: Any = None) -> Any:
 
 
 def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
-    """Says by path where the structure of two trees differs."""
-    paths = [
+    """Describes, by path, how the structures of two trees differ."""
+    paths, expected = (
         {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)}
         for t in (tree, reference)
-    ]
-    extra, missing = sorted(paths[0] - paths[1]), sorted(paths[1] - paths[0])
+    )
+    extra, missing = sorted(paths - expected), sorted(expected - paths)
     details = []
     if missing:
         details.append(f"{name} has no leaf {', '.join(missing[:5])}")
@@ -81,10 +82,10 @@ def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
 
 
 def on_leaves(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function of trees, such as a mask, that sees the leaves of a packed tree.
+    """Makes a function of trees, such as a mask, see the leaves of a packed tree.
 
-    A container that keeps several leaves in one array (:class:`adamw_jax.Packed`) has
-    the method `evaluate_on_leaves`, which gives one value for each array.
+    A container that stores several leaves in one array (:class:`adamw_jax.Packed`) has
+    a method `evaluate_on_leaves`, which returns one value per array.
     """
 
     def evaluate(params):
@@ -95,18 +96,18 @@ def on_leaves(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]
 
 
 def find_states(state: Any, kind: type | tuple[type, ...]) -> list[Any]:
-    """The states of a kind inside an optimizer's state, outermost only."""
+    """All states of the given type inside an optimizer state, outermost only."""
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
 def broadcast(name: str, mask: Any, params: Any) -> Any:
-    """The value for every leaf of params of a mask, which may be a prefix of them."""
-    # A callable module (Equinox) of bools is a tree, although it can be called.
+    """Expands a mask, which may be a prefix or a callable, to every leaf of params."""
+    # An Equinox module of bools is callable, but it is a tree.
     leaves = jax.tree.leaves(mask)
     is_tree = leaves and all(isinstance(x, bool | np.bool_) for x in leaves)
     tree = mask(params) if callable(mask) and not is_tree else mask
-    if not jax.tree.leaves(params):  # nothing to mask; optax.tree.map_params asks so
+    if not jax.tree.leaves(params):  # as optax.tree.map_params calls it
         return params
     try:
         return jax.tree.map(lambda x, sub: jax.tree.map(lambda _: x, sub), tree, params)
@@ -118,7 +119,7 @@ def broadcast(name: str, mask: Any, params: Any) -> Any:
 
 
 def leaves_like(updates: Any, name: str, tree: Any) -> list[Any]:
-    """The leaves of a tree in the order of the updates' leaves, None included."""
+    """The leaves of a tree in the order of the updates' leaves, including None."""
     try:
         return jax.tree.structure(updates, is_leaf=is_none).flatten_up_to(tree)
     except (ValueError, TypeError):
@@ -135,12 +136,12 @@ def map_leaves(
     *,
     carried: int,
 ) -> tuple[Any, ...]:
-    """Maps `f(index, update, *leaves) -> (update, *carried leaves)` over the leaves.
+    """Maps `f(index, update, *leaves) -> (new_update, *new_leaves)` over all leaves.
 
-    The first `carried` of the trees come back changed, behind the updates. Where the
-    update is None, it stays None and the carried leaves stay as they are.
+    Returns the new updates and the new versions of the first `carried` trees. A None
+    update stays None, and the carried leaves at its place stay unchanged.
 
-    Raises ValueError, with the leaf's path, where a tree does not match the updates.
+    Raises ValueError with the path of the leaf where a tree does not match the updates.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
     columns = [leaves_like(updates, name, tree) for name, tree in trees.items()]

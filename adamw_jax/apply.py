@@ -1,4 +1,4 @@
-"""From updates to parameters: added, or computed at once where that is cheaper."""
+"""Updates applied to parameters: added, or in one pass where that is cheaper."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from ._tree import compute_dtype, is_none
 
 
 def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """Adds updates to parameters: `optax.apply_updates` that takes None updates.
+    """Adds updates to parameters: `optax.apply_updates` that accepts None updates.
 
-    The sum is taken in float32 for narrower parameters, then rounded to the
-    parameter's dtype. A parameter whose update is None is returned unchanged.
+    Parameters narrower than float32 are added in float32, then rounded to their own
+    dtype. A parameter whose update is None is returned unchanged.
 
     Args:
         params: any tree.
         updates: a tree of the same structure, with None where there is no update.
 
     Returns:
-        The new parameters, with the dtypes of the old.
+        The new parameters, in the dtypes of the old ones.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,39 +49,40 @@ def update_and_apply(
     params: optax.Params,
     **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
-    """The parameters after an update, in one pass over memory where `tx` can.
+    """Updates the parameters, in one pass over memory where `tx` can.
 
-    A transformation that has the method `step(grads, state, params, **extra_args)` is
-    asked for it. Every other one computes `tx.update`, then :func:`apply_updates`:
-    the same numbers, up to the rounding of single operations.
+    If `tx` has a method `step(grads, state, params, **extra_args)`, this calls it.
+    Otherwise it computes `tx.update` followed by :func:`apply_updates`. The numbers are
+    the same up to the rounding of single operations.
 
-    * :func:`adamw_jax.adamw` has a step. On a CPU a compiled kernel moves 28 bytes a
+    * :func:`adamw_jax.adamw` has a step. On a CPU a compiled kernel moves 28 bytes per
       float32 parameter, where XLA's three loops move 40.
-    * :func:`adamw_jax.accumulate_gradients` has one, on any device. A micro-batch that
-      closes no window costs nothing but the sum: 12 bytes moved a float32 parameter,
-      where updates of -0.0 that are written, read and added move 28.
-    * :func:`adamw_jax.chain` has one if its last link has, and
-      :func:`adamw_jax.freeze_leaves` and :func:`adamw_jax.with_hyperparams` if the
-      transformation inside has. `optax.chain` and Optax's wrappers have none.
+    * :func:`adamw_jax.accumulate_gradients` has a step on any device. A micro-batch
+      that does not close its window costs only the sum: 12 bytes per float32 parameter.
+      Writing, reading and adding updates of -0.0 would move 28.
+    * :func:`adamw_jax.chain` has a step if its last link has one, and
+      :func:`adamw_jax.freeze_leaves` and :func:`adamw_jax.with_hyperparams` if their
+      inner transformation has one. `optax.chain` and Optax's wrappers have none.
 
-    :func:`describe_step` says which way a transformation takes, and why.
+    :func:`describe_step` says which of the two a transformation gets, and why.
 
     Compile the training step with params and state donated, in the order in which they
-    are returned (JAX pairs donated buffers with results by position); otherwise both
-    are copied at every call.
+    are returned: JAX pairs donated buffers with results by position. Otherwise both are
+    copied at every call.
 
     Args:
         tx: any transformation.
-        grads: the gradients; those of a micro-batch if `tx` accumulates.
-        state: the state of `tx`, the same whichever way it is updated.
+        grads: the gradients, of one micro-batch if `tx` accumulates.
+        state: the state of `tx`; it is the same with and without a step.
         params: the parameters.
-        **extra_args: passed on, such as `weight` and `last` of an accumulation.
+        **extra_args: passed on to `tx`, such as `weight` and `last` of
+            :func:`adamw_jax.accumulate_gradients`.
 
     Returns:
         The new parameters and the new state.
 
     Raises:
-        TypeError, ValueError: as `tx.update`.
+        TypeError, ValueError: those of `tx.update`.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -110,11 +111,12 @@ def update_and_apply(
 def describe_step(
     tx: optax.GradientTransformation, params: optax.Params | None = None
 ) -> str:
-    """Says which way :func:`update_and_apply` takes for a transformation, and why.
+    """Says how :func:`update_and_apply` computes a transformation, and why.
 
     Args:
         tx: any transformation.
-        params: arrays or `ShapeDtypeStruct`, to count the leaves that each way takes.
+        params: arrays or `ShapeDtypeStruct`. If given, the answer counts the leaves
+            that the kernel takes.
 
     Returns:
         One line.
@@ -125,12 +127,12 @@ def describe_step(
         >>> print(describe_step(optax.chain(adamw(1e-3))))
         update, then apply_updates: chain has no step
         >>> print(describe_step(chain(adamw(1e-3, nesterov=True))))
-        update, then apply_updates: the kernel does not know nesterov
+        update, then apply_updates: the kernel does not support nesterov
     """
     describe = getattr(tx, "describe_step", None)
     if describe is not None:
         return describe(params)
     if hasattr(tx, "step"):
-        return "step, of a transformation that does not say more"
+        return "step, of a transformation without describe_step"
     name = getattr(tx.update, "__qualname__", type(tx).__name__).split(".")[0]
     return f"update, then apply_updates: {name} has no step"

@@ -1,4 +1,4 @@
-"""Hyperparameters in the state: one counter drives them, users read and change them."""
+"""Hyperparameters in the state: scheduled by one counter, read and overridden there."""
 
 import functools
 import math
@@ -18,12 +18,12 @@ from .schedules.phases import Phases
 
 
 class HyperparamsState(NamedTuple):
-    """The values in force, that is those that the next update will use."""
+    """The hyperparameters that the next update will use, by name."""
 
     step: jax.Array  # int32 []: updates done; the one counter of all schedules
     hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
-    # Both by sorted name; tuples, so that optax.tree.get finds each name once.
-    last_values: tuple[jax.Array, ...]  # the same as the last update stored them
+    # The last two by sorted name; tuples, so that optax.tree.get finds each name once.
+    last_values: tuple[jax.Array, ...]  # what the last update stored in hyperparams
     overridden: tuple[jax.Array, ...]  # int32 [] each: 1 ignores the schedule
     inner_state: optax.OptState
 
@@ -34,36 +34,41 @@ def with_hyperparams(
 ) -> Transformation:
     """Keeps the hyperparameters of a transformation in its state.
 
-    All schedules are read at one step counter. The state holds the values in force:
-    read them with :func:`current_hyperparams`, change them with
-    :func:`override_hyperparams`, both also inside `jit`; a new value is data and does
+    All schedules are evaluated at one step counter, and the state holds the values that
+    the next update will use. Read them with :func:`current_hyperparams`, change them
+    with :func:`override_hyperparams`, also inside `jit`: a new value is data and does
     not retrace. A value that was changed in the state, by that function or by hand,
-    holds. Otherwise the number or schedule given here decides, also when the
-    transformation was built anew around an old state, with another learning rate.
+    takes precedence. Otherwise the number or schedule passed here decides, also if the
+    transformation was rebuilt around an old state, with another learning rate.
 
-    A beta that is kept in the state is a float32 number, to which moments and bias
-    correction both keep: the first update is exact, and .999 acts as .99900001.
+    A beta in the state is a float32 number, which moments and bias correction both use:
+    the first update is exact, and .999 acts as .99900001.
 
-    Unlike `optax.inject_hyperparams`: values are float32 whatever the parameters'
-    dtype (a b2 of .999 is 1 in bfloat16); only what is named here is a
-    hyperparameter, so a callable mask in the factory is never taken for a schedule;
-    one counter instead of one per schedule; an override of a scheduled value holds.
+    Differences from `optax.inject_hyperparams`:
+
+    * values are float32 whatever the dtype of the parameters (in bfloat16 a b2 of .999
+      is 1);
+    * only the arguments named here are hyperparameters, so a callable mask in the
+      factory is never mistaken for a schedule;
+    * there is one counter, not one per schedule;
+    * an override of a scheduled value stays in force.
 
     Args:
-        factory: called with the current values by keyword while tracing; builds the
-            transformation. What else it needs it closes over.
+        factory: builds the transformation. It is called at trace time with the current
+            values by keyword; other arguments belong in its closure.
         **hyperparams: each a number, a traced scalar, a schedule (from the number of
-            updates done, int32, to a value), or :class:`Phases`. Phases, given for
-            any one name, drive every hyperparameter that they set, in place of the
-            value given for it here; `b1` drives `momentum` where there is no b1.
+            updates done, int32, to a value), or :class:`Phases`. Phases, passed under
+            any one name, drive every hyperparameter that they set and replace the value
+            passed for it. Their `b1` drives `momentum` if there is no b1.
 
     Returns:
-        A transformation; additional arguments of `update` reach the inner one. It has
-        a `step` if the inner one has.
+        A transformation that passes extra arguments of `update` on to the inner one. It
+        has a `step` if the inner one has.
 
     Raises:
-        ValueError: phases that set a hyperparameter which is not named here, or do not
-            set the one they were given for; what the factory raises, at once.
+        ValueError: the phases set a hyperparameter that is not named here, or do not
+            set the one under which they were passed. Errors of the factory are raised
+            at once.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -83,11 +88,11 @@ def with_hyperparams(
         raise ValueError("with_hyperparams needs at least one hyperparameter, got none")
     schedules = _resolve_phases(hyperparams)
     names = sorted(schedules)
-    # The factory sees the first values now, so bad arguments are refused at once.
+    # Called with the values of step 0, so that bad arguments are refused at once.
     example = factory(**{name: _first_value(x) for name, x in schedules.items()})
 
     def scheduled_values(step, dtype):
-        """Copies, so that the state can be donated."""
+        # Copies, so that the state can be donated.
 
         def value(schedule):
             return jnp.array(schedule(step) if callable(schedule) else schedule, dtype)
@@ -104,8 +109,8 @@ def with_hyperparams(
         inner_state = factory(**values).init(params)
         return HyperparamsState(step, values, copies(values), overridden, inner_state)
 
-    def before(state):
-        """The inner transformation of this step, and what completes the new state."""
+    def begin(state):
+        """Returns the inner transformation of this step and what ends the step."""
         (dtype,) = {compute_dtype(x.dtype) for x in state.last_values}
         stored = {k: jnp.asarray(v, dtype) for k, v in state.hyperparams.items()}
         flags = zip(names, state.last_values, state.overridden, strict=True)
@@ -120,76 +125,81 @@ def with_hyperparams(
                 for name, flag in zip(names, overridden, strict=True)
             }
 
-        def after(inner_state):
+        def finish(inner_state):
             step = increment(state.step)
             values = current_values(step)
             return HyperparamsState(
                 step, values, copies(values), overridden, inner_state
             )
 
-        # Read again, since the optimizer may have been built anew around the state.
-        return factory(**current_values(state.step)), after
+        # Evaluated again: the optimizer may have been rebuilt around the state.
+        return factory(**current_values(state.step)), finish
 
     def update(updates, state, params=None, **extra_args):
-        inner, after = before(state)
+        inner, finish = begin(state)
         updates, inner_state = optax.with_extra_args_support(inner).update(
             updates, state.inner_state, params, **extra_args
         )
-        return updates, after(inner_state)
+        return updates, finish(inner_state)
 
     def step(grads, state, params, *, factor=None, **extra_args):
-        inner, after = before(state)
+        inner, finish = begin(state)
         params, inner_state = step_with_factor(
             inner, grads, state.inner_state, params, factor, **extra_args
         )
-        return params, after(inner_state)
+        return params, finish(inner_state)
 
     def factor(grads, state):
-        inner, after = before(state)
+        inner, finish = begin(state)
         scale, inner_state = cast(Transformation, inner).factor(
             grads, state.inner_state
         )
-        return scale, after(inner_state)
+        return scale, finish(inner_state)
 
-    can = {"step": step, "factor": factor}
+    methods = {"step": step, "factor": factor}
     return Transformation(
         init,
         update,
         factory=factory,
         hyperparams=schedules,
         describe_step=functools.partial(describe_step, example),
-        **{name: can[name] for name in can if hasattr(example, name)},
+        **{name: f for name, f in methods.items() if hasattr(example, name)},
     )
 
 
 def _resolve_phases(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """Replaces phases by their schedule for each hyperparameter that they set."""
     schedules = dict(hyperparams)
-    given = {k: v for k, v in hyperparams.items() if isinstance(v, Phases)}
-    if any(phases is not next(iter(given.values())) for phases in given.values()):
-        raise ValueError(f"{' and '.join(given)} were given different phases")
-    for given_for, phases in given.items():
+    by_argument = {k: v for k, v in hyperparams.items() if isinstance(v, Phases)}
+    if len({id(phases) for phases in by_argument.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(by_argument)} must be the same Phases, got different phases"
+        )
+    for argument, phases in by_argument.items():
         for name in phases.names:
-            target = scheduled_name(name, schedules)
+            target = hyperparam_name(name, schedules)
             if target not in schedules:
                 raise ValueError(
-                    f"the phases set {name}, which is not a hyperparameter here; "
-                    f"there are {', '.join(sorted(schedules))}"
+                    f"the phases set {name}, which is not a hyperparameter here; the "
+                    f"hyperparameters are {', '.join(sorted(schedules))}"
                 )
             schedules[target] = phases.schedule(name)
-        if isinstance(schedules[given_for], Phases):
-            raise ValueError(f"{given_for} was given phases that do not set it")
+        if isinstance(schedules[argument], Phases):
+            raise ValueError(
+                f"{argument} was set to phases that do not set it; they set "
+                f"{', '.join(phases.names)}"
+            )
     return schedules
 
 
-def scheduled_name(name: str, hyperparams: dict[str, Any]) -> str:
-    """What phases call b1 is the momentum of SGD."""
-    takes_momentum = "b1" not in hyperparams and "momentum" in hyperparams
-    return "momentum" if name == "b1" and takes_momentum else name
+def hyperparam_name(name: str, hyperparams: dict[str, Any]) -> str:
+    """The hyperparameter that phases call `name`: their b1 is the momentum of SGD."""
+    has_momentum = "b1" not in hyperparams and "momentum" in hyperparams
+    return "momentum" if name == "b1" and has_momentum else name
 
 
 def _first_value(schedule: Any) -> Any:
-    """The value at step 0, as a number where it is one, so that it can be checked."""
+    """The value at step 0, as a concrete number if possible, so that it is checked."""
     if callable(schedule):
         with jax.ensure_compile_time_eval():
             schedule = schedule(jnp.zeros([], jnp.int32))
@@ -199,20 +209,21 @@ def _first_value(schedule: Any) -> Any:
 
 
 def current_hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
-    """The hyperparameters that the next update will use.
+    """Reads the hyperparameters that the next update will use.
 
-    Read before an update, they are the values of that update. Works inside `jit`, and
-    on any state that contains the optimizer's: of a chain, of `optax.partition`.
+    Read before an update, these are the values of that update. Works inside `jit`, and
+    on any state that contains the optimizer's, such as that of a chain or of
+    `optax.partition`.
 
     Args:
         state: an optimizer state.
 
     Returns:
-        From name to scalar: float32, or float64 for float64 parameters.
+        A dict from name to scalar, float32 (float64 for float64 parameters).
 
     Raises:
-        ValueError: the state holds none, or those of several optimizers; take the
-            one you mean out of the state.
+        ValueError: the state holds the hyperparameters of no optimizer or of several.
+            In the latter case pass the state of one of them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -224,25 +235,26 @@ def current_hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
     found = find_states(state, HyperparamsState)
     if len(found) != 1:
         raise ValueError(
-            f"the state holds the hyperparameters of {len(found)} optimizers, not 1"
+            "the state must hold the hyperparameters of one optimizer, got those of "
+            f"{len(found)} optimizers"
         )
-    # Out of the Variables of nnx.Optimizer, if it holds the state.
+    # Unwraps the Variables in which nnx.Optimizer keeps a state.
     return {k: jax.tree.leaves(v)[0] for k, v in found[0].hyperparams.items()}
 
 
 def override_hyperparams(
     state: optax.OptState, **values: float | jax.Array | None
 ) -> optax.OptState:
-    """A state in which hyperparameters have new values, from the next update on.
+    """Sets hyperparameters in the state, from the next update on.
 
-    The value holds, also where a schedule or phases drive the hyperparameter, until it
-    is overridden again or released with None: then the next update uses again what
-    the schedule says at its step.
+    The new value stays in force, also against a schedule or phases, until it is
+    overridden again or released with None. After a release the next update takes the
+    value of the schedule at its step.
 
     Args:
         state: as for :func:`current_hyperparams`.
-        **values: by name: a number or a traced scalar, or None to release. For a state
-            made by `jax.vmap` also an array with a value for each member.
+        **values: by name, a number or a traced scalar, or None to release the override.
+            For a state made by `jax.vmap`, also an array with one value per member.
 
     Returns:
         The new state; nothing is retraced.
@@ -259,7 +271,7 @@ def override_hyperparams(
         >>> float(current_hyperparams(state)["learning_rate"])
         0.5
     """
-    current_hyperparams(state)  # exactly one, or a clear error
+    current_hyperparams(state)  # raises unless there is exactly one
 
     def override(node):
         if not isinstance(node, HyperparamsState):
@@ -268,12 +280,15 @@ def override_hyperparams(
         last, overridden = list(node.last_values), list(node.overridden)
         for name, value in values.items():
             if name not in new:
-                raise ValueError(f"no hyperparameter {name}; there are {names}")
+                raise ValueError(
+                    f"no hyperparameter {name}; the state holds {', '.join(names)}"
+                )
             i = names.index(name)
             if value is not None:
                 _check_override(name, value, new[name])
-                new[name], last[i] = _fill(new[name], value), _fill(last[i], value)
-            overridden[i] = _fill(overridden[i], value is not None)
+                new[name] = _fill_like(new[name], value)
+                last[i] = _fill_like(last[i], value)
+            overridden[i] = _fill_like(overridden[i], value is not None)
         return node._replace(
             hyperparams=new, last_values=tuple(last), overridden=tuple(overridden)
         )
@@ -286,17 +301,17 @@ def override_hyperparams(
 def _check_override(name: str, value: Any, old: Any) -> None:
     shape = np.shape(jax.tree.leaves(old)[0])
     if shape and np.shape(value) == shape:
-        return  # one value for each member of a state that vmap made
+        return  # one value per member of a state made by vmap
     check_scalar(name, value, below=1 if name in ("b1", "b2", "momentum") else math.inf)
 
 
-def _fill(old: Any, value: Any) -> Any:
-    """The value in the place of another; also inside a Variable of nnx.Optimizer."""
+def _fill_like(old: Any, value: Any) -> Any:
+    """Fills arrays like the old ones, also inside a Variable of nnx.Optimizer."""
     return jax.tree.map(
         lambda x: jnp.asarray(x).at[...].set(jnp.asarray(value, x.dtype)), old
     )
 
 
 def _differ(value: jax.Array, last: jax.Array) -> jax.Array:
-    """int32: whether a value was changed by hand. A NaN is no change of a NaN."""
+    """int32: 1 if a value was changed by hand. NaN counts as equal to NaN."""
     return ((value != last) & ~(jnp.isnan(value) & jnp.isnan(last))).astype(jnp.int32)

@@ -1,8 +1,8 @@
-"""Which leaf gets what: masks for decay and freezing, labels for learning rates.
+"""Masks for decay and freezing, labels for groups of leaves.
 
 A mask is a tree of bools, a prefix of one, or a function from params to either. The
-functions here look at the leaf's path, `block1/conv/kernel`: a rule on the number of
-dimensions is wrong for layers stacked by `scan`, whose biases are matrices.
+functions here decide by the leaf's path, such as `block1/conv/kernel`. A rule on the
+number of dimensions fails for layers stacked by `scan`, whose biases are matrices.
 """
 
 import re
@@ -16,7 +16,7 @@ from ._tree import broadcast, is_none, leaves_like, on_leaves, path_string
 
 Mask = Any | Callable[[Any], Any] | None
 
-# The names of Flax (Linen, NNX), Haiku, Equinox and PyTorch for what is not a matrix.
+# Names in Flax (Linen, NNX), Haiku, Equinox and PyTorch.
 _MATRIX_LEAF = re.compile(r"^(kernel|embedding)$", re.IGNORECASE)
 _BIAS_OR_NORM_LEAF = re.compile(
     r"^((.*_)?bias(_\w+)?|b|offset|scale|gamma|beta)$", re.IGNORECASE
@@ -29,10 +29,10 @@ _NORM_MODULE = re.compile(
 
 
 def mask_by(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
-    """A mask from a predicate on path and leaf.
+    """Makes a mask from a predicate on path and leaf.
 
     Args:
-        predicate: called with the path, as `"block1/conv/kernel"`, and the leaf.
+        predicate: called with the path, such as `"block1/conv/kernel"`, and the leaf.
 
     Returns:
         A function from params to a tree of bools.
@@ -53,17 +53,18 @@ def mask_by(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
 
 
 def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
-    r"""A mask that selects the leaves whose path matches one of the patterns.
+    r"""Makes a mask that selects the leaves whose path matches any of the patterns.
 
     Args:
-        patterns: regular expressions, searched for anywhere in `block1/conv/kernel`.
+        *patterns: regular expressions, searched for anywhere in the path, such as
+            `block1/conv/kernel`.
 
     Returns:
         A function from params to a tree of bools.
 
     Raises:
-        ValueError: a pattern that does not compile; and, when the mask is applied,
-            patterns that match no leaf at all, since that is a misspelling.
+        ValueError: a pattern does not compile; or, when the mask is applied, no leaf
+            matches, which is most likely a misspelling.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,7 +83,7 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
         ]
         if paths and not any(matches(path) for path in paths):
             raise ValueError(
-                f"{' and '.join(map(repr, patterns))} match no leaf; the leaves are "
+                f"no leaf matches {' or '.join(map(repr, patterns))}; the leaves are "
                 + ", ".join(paths)
             )
         return mask_by(lambda path, _: matches(path))(params)
@@ -91,14 +92,14 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
 
 
 def no_decay_on_bias_and_norm(params: Any) -> Any:
-    """The usual mask for weight decay: all but biases and the affine of norm layers.
+    """The usual mask for weight decay: all leaves but biases and norm parameters.
 
-    A leaf is left out if its name is b, offset, scale, gamma or beta, or has the word
-    bias in it, or if the module that holds it is named as a norm (`LayerNorm_0`,
-    `bn1`, `ln_f`, `final_norm`), unless it is a `kernel` or an `embedding`. Only names
-    count, so that the `(layers, features)` biases of scanned layers are left out as
-    well. PyTorch names norm scales `weight`: there the module's name decides. Look at
-    the result with :func:`describe_mask`.
+    A leaf does not decay if its name is `b`, `offset`, `scale`, `gamma` or `beta` or
+    contains the word `bias`, or if its module is named like a norm (`LayerNorm_0`,
+    `bn1`, `ln_f`, `final_norm`). A `kernel` or an `embedding` always decays. Only names
+    count, so the `(layers, features)` biases of scanned layers are excluded as well.
+    PyTorch calls the scale of a norm `weight`; there the name of the module decides.
+    Check the result with :func:`describe_mask`.
 
     Args:
         params: any tree.
@@ -116,7 +117,7 @@ def no_decay_on_bias_and_norm(params: Any) -> Any:
 
     def decays(path, _):
         *modules, leaf = re.split(r"[/.]", path)
-        # The nearest module that is not a number in a list.
+        # The nearest module that is not a list index.
         module = next((m for m in reversed(modules) if not m.isdigit()), "")
         return bool(_MATRIX_LEAF.search(leaf)) or not (
             _BIAS_OR_NORM_LEAF.search(leaf) or _NORM_MODULE.search(module)
@@ -126,14 +127,14 @@ def no_decay_on_bias_and_norm(params: Any) -> Any:
 
 
 def describe_mask(params: Any, mask: Mask = no_decay_on_bias_and_norm) -> None:
-    """Prints which leaf decays and which does not.
+    """Prints which leaves decay and which do not.
 
     Args:
         params: any tree of arrays or `ShapeDtypeStruct`.
         mask: as for :func:`adamw_jax.add_decayed_weights`.
 
     Raises:
-        ValueError: the mask does not fit the parameters.
+        ValueError: the mask does not match the parameters.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,10 +155,10 @@ def describe_mask(params: Any, mask: Mask = no_decay_on_bias_and_norm) -> None:
     print(f"decay  {'shape':{width}}  path")
     for flag, shape, path in rows:
         print(f"{'yes' if flag else 'no':5}  {shape!s:{width}}  {path}")
-    size = [(flag, int(np.prod(shape))) for flag, shape, _ in rows]
+    sizes = [(flag, int(np.prod(shape))) for flag, shape, _ in rows]
     print(
-        f"{sum(bool(flag) for flag, _ in size)} of {len(rows)} leaves decay, "
-        f"{sum(n for flag, n in size if flag):,} of {sum(n for _, n in size):,} "
+        f"{sum(bool(flag) for flag, _ in sizes)} of {len(rows)} leaves decay, "
+        f"{sum(n for flag, n in sizes if flag):,} of {sum(n for _, n in sizes):,} "
         "parameters"
     )
 
@@ -165,19 +166,20 @@ def describe_mask(params: Any, mask: Mask = no_decay_on_bias_and_norm) -> None:
 def labels_by_path(
     patterns: Mapping[str, str], default: str | None = None
 ) -> Callable[[Any], Any]:
-    """Labels for groups of leaves: the first pattern that matches the path decides.
+    """Labels leaves by path: the first pattern that matches decides.
 
     Args:
-        patterns: from label to the regular expression that is searched for.
-        default: the label of leaves that match none. None makes those an error.
+        patterns: from label to a regular expression, searched for in the path.
+        default: the label of leaves that match no pattern. None: such a leaf is an
+            error.
 
     Returns:
         A function from params to a tree of labels, for :func:`scale_by_group` and
         `optax.partition`.
 
     Raises:
-        ValueError: a pattern that does not compile; when applied, a leaf without a
-            label, named by its path.
+        ValueError: a pattern does not compile; or, when applied, a leaf has no label.
+            The message names its path.
 
     Example:
         >>> import jax.numpy as jnp
@@ -187,7 +189,7 @@ def labels_by_path(
     """
     compiled = {label: _compile(pattern) for label, pattern in patterns.items()}
 
-    def label(path, _):
+    def label_leaf(path, _):
         name = path_string(path)
         for label, pattern in compiled.items():
             if pattern.search(name):
@@ -197,12 +199,12 @@ def labels_by_path(
         return default
 
     return on_leaves(
-        "labels", lambda params: jax.tree_util.tree_map_with_path(label, params)
+        "labels", lambda params: jax.tree_util.tree_map_with_path(label_leaf, params)
     )
 
 
 def resolve_mask(mask: Mask, params: Any) -> Any:
-    """The tree of bools, one for every leaf of params."""
+    """Expands a mask to a tree with one bool for every leaf of params."""
     if mask is None:
         return jax.tree.map(lambda _: True, params)
     tree = on_leaves("mask", lambda p: broadcast("mask", mask, p))(params)
@@ -215,7 +217,7 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
 
 
 def leaf_flags(mask: Mask, params: Any, updates: Any) -> list[bool]:
-    """The mask as a list in the order of the updates' leaves, None leaves included."""
+    """The mask as a list in the order of the updates' leaves, including None leaves."""
     return leaves_like(updates, "params", resolve_mask(mask, params))
 
 

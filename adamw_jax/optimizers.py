@@ -1,4 +1,4 @@
-"""Optimizers: short chains of transformations, hyperparameters in the state."""
+"""Optimizers: short chains of transformations with hyperparameters in the state."""
 
 import inspect
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import optax
 from ._checks import check_choice, check_scalar, is_static
 from ._transformation import Transformation
 from ._tree import ScalarOrSchedule
-from .hyperparams import scheduled_name, with_hyperparams
+from .hyperparams import hyperparam_name, with_hyperparams
 from .masks import Mask
 from .schedules.phases import Phases
 from .transforms.bias_correction import BiasCorrection
@@ -47,36 +47,38 @@ def adam(
     $$ g_t \leftarrow g_t + \lambda_2 p_t, \qquad
        p_{t+1} = p_t - \eta_t \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} $$
 
-    A drop-in for `optax.adam`; with `l2`, `torch.optim.Adam(weight_decay=l2)`.
+    A drop-in for `optax.adam`; with `l2`, `torch.optim.Adam(weight_decay=l2)`. The rule
+    for the moments and its conventions are described at
+    :func:`adamw_jax.scale_by_adam`.
 
     Args:
         learning_rate: $\eta$: a number, a traced scalar, a schedule of the step, or
             :class:`adamw_jax.Phases`, which drive every hyperparameter that they set.
-        b1: see :func:`adamw_jax.scale_by_adam` for this and the arguments of the
-            moments; also a schedule.
-        b2: see there.
-        eps: see there.
-        eps_root: see there.
-        mu_dtype: see there.
-        nesterov: see there.
-        l2: $\lambda_2$, added to the gradient; also a schedule. Phases that set
-            `weight_decay` drive it.
-        mask: which leaves are regularised; all by default.
-        maximize: climb instead of descend. The decay still shrinks the parameters.
-        nu_dtype: see :func:`adamw_jax.scale_by_adam`.
-        bias_correction: see there.
-        epsilon_hat: see there.
-        stochastic_rounding: see there.
-        seed: see there.
+        b1: decay of the first moment, in [0, 1): a number, a traced scalar or a
+            schedule.
+        b2: decay of the second moment, likewise.
+        eps: added to the root of the second moment.
+        eps_root: added under the root.
+        mu_dtype: storage dtype of the first moment; None: at least float32.
+        nesterov: look one step ahead along the first moment.
+        l2: $\lambda_2 \ge 0$, the L2 coefficient: a number, a traced scalar or a
+            schedule. Phases that set `weight_decay` drive it.
+        mask: which leaves are regularised; None: all.
+        maximize: ascend instead of descend. The decay still shrinks the parameters.
+        nu_dtype: storage dtype of the second moment; None: at least float32.
+        bias_correction: `"exact"`, `"torch"` or `"none"`.
+        epsilon_hat: add eps to the uncorrected root.
+        stochastic_rounding: round moments stored below float32 stochastically.
+        seed: seed of the stochastic rounding.
 
     Returns:
-        A transformation whose state holds `learning_rate`, `b1`, `b2` and, if l2 is
-        given, `weight_decay`. Without l2, `update` does not need params.
+        A transformation whose state holds `learning_rate`, `b1`, `b2` and, with l2,
+        `weight_decay`. Without l2, `update` does not need `params`.
 
     Raises:
-        TypeError, ValueError: an argument out of range, named in the message; phases
-            that drive a hyperparameter for which a value other than its default was
-            given as well.
+        TypeError, ValueError: an argument is out of range; the message names it. Or a
+            hyperparameter that the phases drive was also set to a value other than its
+            default.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -94,11 +96,11 @@ def adam(
         Kingma and Ba, `Adam: A Method for Stochastic Optimization
         <https://arxiv.org/abs/1412.6980>`_, 2015.
     """
-    decay = _decay(learning_rate, l2=l2)
+    decay = _decay_hyperparam(learning_rate, l2=l2)
 
-    def build(learning_rate, b1, b2, weight_decay=None):
+    def make_chain(learning_rate, b1, b2, weight_decay=None):
         return chain(
-            *_in_front(maximize, weight_decay, mask),
+            *_links_before_moments(maximize, weight_decay, mask),
             scale_by_adam(
                 b1,
                 b2,
@@ -115,7 +117,7 @@ def adam(
             scale_by_learning_rate(learning_rate),
         )
 
-    return _drive(adam, build, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
+    return _build(adam, make_chain, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
 
 
 def adamw(
@@ -145,46 +147,50 @@ def adamw(
 
     Conventions that bite:
 
-    * With `decay_scale="learning_rate"` the decay is multiplied by the learning rate,
-      as in fast.ai, PyTorch and Optax. `"schedule"` is Loshchilov and Hutter's:
-      multiplied only by $\eta_t / \eta_{base}$, the schedule's multiplier, so that
-      learning rate and decay can be tuned apart. Their $\lambda$ is PyTorch's times
-      the base rate; see :func:`adamw_jax.normalized_weight_decay`.
-    * The default decay is Optax's 1e-4; PyTorch's is 1e-2, the article trains
-      CIFAR-10 with 0.1. b2 is .999 as everywhere; the article's is .99.
-    * `mask=None` decays every leaf, as PyTorch, Optax and the article do;
-      :func:`adamw_jax.no_decay_on_bias_and_norm` is the usual exception.
+    * With `decay_scale="learning_rate"` the learning rate multiplies the decay, as in
+      fast.ai, PyTorch and Optax. With `"schedule"`, Loshchilov and Hutter's form, only
+      the schedule's multiplier $\eta_t / \eta_{base}$ does, so learning rate and decay
+      can be tuned independently. Their $\lambda$ is PyTorch's times the base rate; see
+      :func:`adamw_jax.normalized_weight_decay`.
+    * The default decay is Optax's 1e-4. PyTorch's is 1e-2, and the article trains
+      CIFAR-10 with 0.1. The default b2 is the usual .999; the article's is .99.
+    * `mask=None` decays every leaf, as PyTorch, Optax and the article do. The usual
+      mask is :func:`adamw_jax.no_decay_on_bias_and_norm`.
+
+    The rule for the moments and its conventions are described at
+    :func:`adamw_jax.scale_by_adam`.
 
     Args:
         learning_rate: $\eta$: a number, a traced scalar, a schedule of the step, or
             :class:`adamw_jax.Phases`, which drive every hyperparameter that they set.
-        b1: see :func:`adamw_jax.scale_by_adam` for this and the arguments of the
-            moments; also a schedule.
-        b2: see there.
-        eps: see there.
-        eps_root: see there.
-        mu_dtype: see there.
-        weight_decay: $\lambda$; a number, a traced scalar or a schedule.
-        mask: which leaves decay, see :func:`adamw_jax.add_decayed_weights`.
-        nesterov: see :func:`adamw_jax.scale_by_adam`.
+        b1: decay of the first moment, in [0, 1): a number, a traced scalar or a
+            schedule.
+        b2: decay of the second moment, likewise.
+        eps: added to the root of the second moment.
+        eps_root: added under the root.
+        mu_dtype: storage dtype of the first moment; None: at least float32.
+        weight_decay: $\lambda \ge 0$: a number, a traced scalar or a schedule.
+        mask: which leaves decay, as for :func:`adamw_jax.add_decayed_weights`; None:
+            all.
+        nesterov: look one step ahead along the first moment.
         decay_scale: what multiplies the decay: `"learning_rate"` or `"schedule"`.
-        base_learning_rate: $\eta_{base}$ under `"schedule"`. None: the learning rate
-            if it is constant, the highest one of phases; a schedule needs it.
-        maximize: climb instead of descend. The decay still shrinks the parameters.
-        nu_dtype: see :func:`adamw_jax.scale_by_adam`.
-        bias_correction: see there.
-        epsilon_hat: see there.
-        stochastic_rounding: see there.
-        seed: see there.
+        base_learning_rate: $\eta_{base}$ for `"schedule"`. None: a constant learning
+            rate itself, or the highest one of phases. Required with a schedule.
+        maximize: ascend instead of descend. The decay still shrinks the parameters.
+        nu_dtype: storage dtype of the second moment; None: at least float32.
+        bias_correction: `"exact"`, `"torch"` or `"none"`.
+        epsilon_hat: add eps to the uncorrected root.
+        stochastic_rounding: round moments stored below float32 stochastically.
+        seed: seed of the stochastic rounding.
 
     Returns:
         A transformation whose state holds `learning_rate`, `b1`, `b2` and
         `weight_decay`.
 
     Raises:
-        TypeError, ValueError: an argument out of range, named in the message; phases
-            that drive a hyperparameter for which a value other than its default was
-            given as well.
+        TypeError, ValueError: an argument is out of range; the message names it. Or a
+            hyperparameter that the phases drive was also set to a value other than its
+            default.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -211,9 +217,9 @@ def adamw(
     _check_decay("weight_decay", weight_decay)
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
 
-    def build(learning_rate, b1, b2, weight_decay):
+    def make_chain(learning_rate, b1, b2, weight_decay):
         return chain(
-            *_in_front(maximize),
+            *_links_before_moments(maximize),
             scale_by_adam(
                 b1,
                 b2,
@@ -231,9 +237,9 @@ def adamw(
             scale_by_learning_rate(learning_rate),
         )
 
-    return _drive(
+    return _build(
         adamw,
-        build,
+        make_chain,
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,
@@ -269,39 +275,44 @@ def amsgrad(
     $$ p_{t+1} = p_t - \eta_t \Big( \frac{\hat m_t}{\sqrt{\max_{s\le t} v_s / c_2}
        + \epsilon} + \lambda p_t \Big) $$
 
-    That is PyTorch's `Adam(amsgrad=True)` and `AdamW(amsgrad=True)`, **not**
-    `optax.amsgrad`, which takes the maximum of the corrected $v_s / c_{2,s}$; see
-    :func:`adamw_jax.scale_by_amsgrad`. `convention="optax"` gives Optax's numbers.
+    This is PyTorch's `Adam(amsgrad=True)` and `AdamW(amsgrad=True)`, **not**
+    `optax.amsgrad`, which takes the maximum of the corrected $v_s / c_{2,s}$;
+    `convention="optax"` gives Optax's numbers. The conventions are described at
+    :func:`adamw_jax.scale_by_amsgrad`.
 
     Args:
-        learning_rate: as in :func:`adamw`, as are all arguments not listed here.
-        b1: see there.
-        b2: see there.
-        eps: see there.
-        eps_root: see there.
-        mu_dtype: see there.
-        bias_correction_mu: see :func:`adamw_jax.scale_by_amsgrad`.
-        bias_correction_nu: see there.
+        learning_rate: $\eta$: a number, a traced scalar, a schedule of the step, or
+            :class:`adamw_jax.Phases`, which drive every hyperparameter that they set.
+        b1: decay of the first moment, in [0, 1): a number, a traced scalar or a
+            schedule.
+        b2: decay of the second moment, likewise.
+        eps: added to the root of the second moment.
+        eps_root: added under the root.
+        mu_dtype: storage dtype of the first moment; None: at least float32.
+        bias_correction_mu: correct the bias of the first moment.
+        bias_correction_nu: correct the bias of the second moment.
         convention: `"torch"`, `"paper"` or `"optax"`.
-        l2: added to the gradient.
-        weight_decay: decoupled. Only one of the two may be given. Phases that set
-            `weight_decay` drive this one, or `l2` if that is given as the same phases.
-        mask: which leaves the one or the other acts on.
-        decay_scale: see :func:`adamw`.
-        base_learning_rate: see :func:`adamw`.
-        maximize: see :func:`adamw`.
-        nu_dtype: see :func:`adamw_jax.scale_by_amsgrad`.
-        bias_correction: see there.
-        epsilon_hat: see there.
-        stochastic_rounding: see there.
-        seed: see there.
+        l2: $\lambda_2 \ge 0$, added to the gradient as $\lambda_2 p$: a number, a
+            traced scalar or a schedule. Set `l2` or `weight_decay`, not both.
+        weight_decay: $\lambda \ge 0$, the decoupled decay, likewise. Phases that set
+            `weight_decay` drive it, or `l2` if the same phases are passed as `l2`.
+        mask: which leaves `l2` or `weight_decay` acts on; None: all.
+        decay_scale: as for :func:`adamw`.
+        base_learning_rate: as for :func:`adamw`.
+        maximize: ascend instead of descend. The decay still shrinks the parameters.
+        nu_dtype: storage dtype of the second moment; None: at least float32.
+        bias_correction: `"exact"`, `"torch"` or `"none"`.
+        epsilon_hat: add eps to the uncorrected root.
+        stochastic_rounding: round moments stored below float32 stochastically.
+        seed: seed of the stochastic rounding.
 
     Returns:
-        A transformation whose state holds `learning_rate`, `b1`, `b2` and, if one of
-        the decays is given, `weight_decay`.
+        A transformation whose state holds `learning_rate`, `b1`, `b2` and, with `l2` or
+        `weight_decay`, `weight_decay`.
 
     Raises:
-        TypeError, ValueError: as :func:`adamw`; both decays were given.
+        TypeError, ValueError: as for :func:`adamw`; or both `l2` and `weight_decay` are
+            set.
 
     Example:
         >>> import jax.numpy as jnp
@@ -315,13 +326,13 @@ def amsgrad(
         Reddi et al., `On the Convergence of Adam and Beyond
         <https://arxiv.org/abs/1904.09237>`_, 2018.
     """
-    decay = _decay(learning_rate, weight_decay=weight_decay, l2=l2)
+    decay = _decay_hyperparam(learning_rate, weight_decay=weight_decay, l2=l2)
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
-    in_gradient = _is_given(l2)
+    uses_l2 = _is_used(l2)
 
-    def build(learning_rate, b1, b2, weight_decay=None):
+    def make_chain(learning_rate, b1, b2, weight_decay=None):
         return chain(
-            *_in_front(maximize, weight_decay if in_gradient else None, mask),
+            *_links_before_moments(maximize, weight_decay if uses_l2 else None, mask),
             scale_by_amsgrad(
                 b1,
                 b2,
@@ -337,11 +348,13 @@ def amsgrad(
                 stochastic_rounding=stochastic_rounding,
                 seed=seed,
             ),
-            *_behind(None if in_gradient else weight_decay, base, mask),
+            *_links_after_moments(None if uses_l2 else weight_decay, base, mask),
             scale_by_learning_rate(learning_rate),
         )
 
-    return _drive(amsgrad, build, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
+    return _build(
+        amsgrad, make_chain, learning_rate=learning_rate, b1=b1, b2=b2, **decay
+    )
 
 
 def sgd(
@@ -363,34 +376,34 @@ def sgd(
     $$ b_t = \mu b_{t-1} + g_t + \lambda_2 p_t, \qquad
        p_{t+1} = p_t - \eta_t (b_t + \lambda p_t) $$
 
-    With `l2`, PyTorch's `SGD(momentum=, weight_decay=l2)`. `dampened` is the moving
-    average of the article, $b_t = \mu b_{t-1} + (1-\mu) g_t$: its learning rates are
-    $1/(1-\mu)$ times those of the other form.
+    With `l2` this is PyTorch's `SGD(momentum=, weight_decay=l2)`. With `dampened` the
+    buffer is the article's moving average, $b_t = \mu b_{t-1} + (1-\mu) g_t$, whose
+    learning rates are $1/(1-\mu)$ times those of the other form.
 
     Args:
-        learning_rate: a number, a traced scalar, a schedule of the step, or
-            :class:`adamw_jax.Phases`; their `b1` drives the momentum.
-        momentum: $\mu$ in [0, 1): also a schedule. None: no buffer, unless phases
-            drive it.
+        learning_rate: $\eta$: a number, a traced scalar, a schedule of the step, or
+            :class:`adamw_jax.Phases`, whose `b1` drives the momentum.
+        momentum: $\mu$ in [0, 1): a number, a traced scalar or a schedule. None: no
+            momentum buffer, unless phases drive it.
         nesterov: look one step ahead.
-        accumulator_dtype: storage of the buffer; None: at least float32.
-        l2: $\lambda_2$, added to the gradient.
-        weight_decay: $\lambda$, decoupled. Only one of the two may be given. Phases
-            that set `weight_decay` drive this one, or `l2` if that is given as the
-            same phases.
-        mask: which leaves the one or the other acts on.
-        decay_scale: see :func:`adamw`.
-        base_learning_rate: see :func:`adamw`.
-        maximize: climb instead of descend. The decay still shrinks the parameters.
-        dampened: see above.
+        accumulator_dtype: storage dtype of the buffer; None: at least float32.
+        l2: $\lambda_2 \ge 0$, added to the gradient as $\lambda_2 p$: a number, a
+            traced scalar or a schedule. Set `l2` or `weight_decay`, not both.
+        weight_decay: $\lambda \ge 0$, the decoupled decay, likewise. Phases that set
+            `weight_decay` drive it, or `l2` if the same phases are passed as `l2`.
+        mask: which leaves `l2` or `weight_decay` acts on; None: all.
+        decay_scale: as for :func:`adamw`.
+        base_learning_rate: as for :func:`adamw`.
+        maximize: ascend instead of descend. The decay still shrinks the parameters.
+        dampened: scale the gradient in the buffer by $1 - \mu$.
 
     Returns:
         A transformation whose state holds `learning_rate`, `momentum` if there is one,
-        and `weight_decay` if one of the decays is given.
+        and `weight_decay` with `l2` or `weight_decay`.
 
     Raises:
-        TypeError, ValueError: an argument out of range; both decays; nesterov or
-            dampened without momentum.
+        TypeError, ValueError: an argument is out of range; both `l2` and `weight_decay`
+            are set; nesterov or dampened without momentum.
 
     Example:
         >>> import jax.numpy as jnp
@@ -401,112 +414,117 @@ def sgd(
         >>> print(updates)
         [-0.19]
     """
-    decay = _decay(learning_rate, weight_decay=weight_decay, l2=l2)
+    decay = _decay_hyperparam(learning_rate, weight_decay=weight_decay, l2=l2)
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
-    in_gradient = _is_given(l2)
+    uses_l2 = _is_used(l2)
     if momentum is not None and not isinstance(momentum, Phases):
         check_scalar("momentum", momentum, below=1, schedule=True)
     hyperparams = {"learning_rate": learning_rate, **decay}
-    if momentum is not None or _drives(learning_rate, "b1"):
+    if momentum is not None or _phases_set(learning_rate, "b1"):
         hyperparams["momentum"] = momentum
     elif nesterov or dampened:
         raise ValueError("nesterov and dampened need a momentum, got momentum=None")
 
-    def build(learning_rate, weight_decay=None, momentum=None):
+    def make_chain(learning_rate, weight_decay=None, momentum=None):
         buffer = []
         if momentum is not None:
             buffer = [trace(momentum, nesterov, accumulator_dtype, dampened=dampened)]
         return chain(
-            *_in_front(maximize, weight_decay if in_gradient else None, mask),
+            *_links_before_moments(maximize, weight_decay if uses_l2 else None, mask),
             *buffer,
-            *_behind(None if in_gradient else weight_decay, base, mask),
+            *_links_after_moments(None if uses_l2 else weight_decay, base, mask),
             scale_by_learning_rate(learning_rate),
         )
 
-    return _drive(sgd, build, **hyperparams)
+    return _build(sgd, make_chain, **hyperparams)
 
 
-def _in_front(maximize: bool, l2: Any = None, mask: Mask = None) -> list:
-    """What comes before the moments. The sign first: the decay keeps its own."""
+def _links_before_moments(maximize: bool, l2: Any = None, mask: Mask = None) -> list:
+    # The sign comes first, so that maximize does not flip the decay.
     links = [optax.scale(-1.0)] if maximize else []
     return links if l2 is None else [*links, add_l2_gradient(l2, mask)]
 
 
-def _behind(weight_decay: Any, base: Any, mask: Mask) -> list:
-    """What comes between the moments and the learning rate."""
+def _links_after_moments(weight_decay: Any, base: Any, mask: Mask) -> list:
     if weight_decay is None:
         return []
     return [add_decayed_weights(weight_decay / base, mask)]
 
 
-def _drives(learning_rate: Any, name: str) -> bool:
+def _phases_set(learning_rate: Any, name: str) -> bool:
     return isinstance(learning_rate, Phases) and name in learning_rate.names
 
 
-def _is_given(decay: Any) -> bool:
+def _is_used(decay: Any) -> bool:
     return not (is_static(decay) and decay == 0)
 
 
 def _check_decay(name: str, decay: Any) -> None:
-    if not isinstance(decay, Phases):  # phases have checked their values themselves
+    if not isinstance(decay, Phases):  # phases check their own values
         check_scalar(name, decay, schedule=True)
 
 
-def _decay(learning_rate: Any, **decays: Any) -> dict[str, Any]:
-    """The hyperparameter of the one decay that was given, or that phases drive.
+def _decay_hyperparam(learning_rate: Any, **decays: Any) -> dict[str, Any]:
+    """The hyperparameter `weight_decay`, if any decay is used or driven by phases.
 
-    Without any the chain has no link for it, and `update` does not need params.
+    Without it the chain has no link for decay, and `update` does not need params.
     """
     for name, decay in decays.items():
         _check_decay(name, decay)
-    given = {name: decay for name, decay in decays.items() if _is_given(decay)}
-    if len(given) > 1:
-        raise ValueError(f"give l2 or weight_decay, not both: got {given}")
-    if not given and not _drives(learning_rate, "weight_decay"):
+    used = {name: decay for name, decay in decays.items() if _is_used(decay)}
+    if len(used) > 1:
+        values = ", ".join(f"{name}={decay!r}" for name, decay in used.items())
+        raise ValueError(f"set l2 or weight_decay, not both: got {values}")
+    if not used and not _phases_set(learning_rate, "weight_decay"):
         return {}
-    return {"weight_decay": next(iter(given.values()), 0.0)}
+    return {"weight_decay": next(iter(used.values()), 0.0)}
 
 
 def _base_learning_rate(
     decay_scale: str, learning_rate: LearningRate, base: Any
 ) -> Any:
-    """What the decay is divided by: the learning rate behind it multiplies it again."""
+    """The divisor of the decay, which the learning rate multiplies afterwards."""
     check_choice("decay_scale", decay_scale, ("learning_rate", "schedule"))
     if decay_scale == "learning_rate":
         if base is not None:
-            raise ValueError("base_learning_rate goes with decay_scale='schedule'")
+            raise ValueError(
+                f"base_learning_rate={base!r} goes with decay_scale='schedule' only"
+            )
         return 1.0
     if base is None:
         if isinstance(learning_rate, Phases):
-            if not _drives(learning_rate, "learning_rate"):
-                return 1.0  # refused with its own message a little later
+            if not _phases_set(learning_rate, "learning_rate"):
+                return 1.0  # with_hyperparams refuses these phases
             steps = np.arange(learning_rate.total_steps)
             base = float(learning_rate.schedule("learning_rate")(steps).max())
         elif callable(learning_rate):
             raise ValueError(
-                "decay_scale='schedule' needs base_learning_rate with a schedule"
+                "decay_scale='schedule' needs base_learning_rate if learning_rate is a "
+                "schedule"
             )
         else:
             base = learning_rate
     check_scalar("base_learning_rate", base)
     if is_static(base) and base == 0:
-        raise ValueError("base_learning_rate must be > 0")
+        raise ValueError(f"base_learning_rate must be > 0, got {base!r}")
     return base
 
 
-def _drive(optimizer: Callable, chain: Callable, **hyperparams: Any) -> Transformation:
-    """`with_hyperparams`, where phases must not silently replace what the user gave."""
+def _build(
+    optimizer: Callable, factory: Callable, **hyperparams: Any
+) -> Transformation:
+    """Calls `with_hyperparams`; refuses values that phases would silently replace."""
     parameters = inspect.signature(optimizer).parameters
     phases = next((v for v in hyperparams.values() if isinstance(v, Phases)), None)
     for name in phases.names if phases else ():
-        target = scheduled_name(name, hyperparams)
+        target = hyperparam_name(name, hyperparams)
         value = hyperparams.get(target)
         default = parameters[target].default if target in parameters else 0.0
         unset = value is None or (is_static(value) and value == default)
         if value is not phases and not unset:
-            both = target == "weight_decay" and "l2" in parameters
+            is_decay = target == "weight_decay" and "l2" in parameters
+            argument = "l2 or weight_decay" if is_decay else target
             raise ValueError(
-                f"{'l2 or weight_decay' if both else target}={value!r} was given, but "
-                f"the phases drive {name} as well"
+                f"{argument}={value!r} was set, but the phases drive {name} as well"
             )
-    return with_hyperparams(chain, **hyperparams)
+    return with_hyperparams(factory, **hyperparams)

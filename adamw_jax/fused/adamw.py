@@ -1,7 +1,7 @@
-"""AdamW whose `step` updates and applies in one pass over memory.
+"""AdamW with a `step` that updates the parameters in one pass over memory.
 
-`adamw_jax.adamw` is the one defined here. It is :func:`adamw_jax.optimizers.adamw`,
-the plain chain, whose `update` it keeps, with a `step` beside it.
+`adamw_jax.adamw` is the function defined here. It builds the plain chain of
+:func:`adamw_jax.optimizers.adamw` and adds a `step`; its `update` stays the same.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import optimizers
-from .._checks import need_params
+from .._checks import check_params
 from .._transformation import Transformation, multiply
 from .._tree import compute_dtype, increment, map_leaves, scalar_dtype
 from ..apply import apply_updates
@@ -20,7 +20,7 @@ from ..masks import leaf_flags
 from ..transforms.bias_correction import beta_at
 from ..transforms.moments import ScaleByAdamState
 from .build import why_no_kernel
-from .kernel import is_known, one_pass
+from .kernel import is_supported, one_pass
 
 
 @functools.wraps(optimizers.adamw)
@@ -38,32 +38,34 @@ adamw.__module__ = __name__  # where pickle finds it
 
 
 def fuse(tx: Transformation) -> Transformation:
-    """The chain of AdamW with a `step`, where the kernel knows its rule.
+    """Adds a `step` to the chain of AdamW, if the kernel supports its rule.
 
     Args:
         tx: :func:`adamw_jax.chain` of [a change of sign,] `scale_by_adam`,
             `add_decayed_weights` and `scale_by_learning_rate`, without schedules.
 
     Returns:
-        The same chain, with a `step` if it has neither `nesterov` nor `epsilon_hat`.
+        The same chain. It has a `step` unless it uses `nesterov` or `epsilon_hat`.
     """
     *sign, adam, decay, rate = cast(tuple[Transformation, ...], tx.links)
     rule = adam.arguments
-    unknown = [name for name in ("nesterov", "epsilon_hat") if rule[name]]
-    if unknown:
-        reason = f"update, then apply_updates: the kernel does not know {unknown[0]}"
+    unsupported = [name for name in ("nesterov", "epsilon_hat") if rule[name]]
+    if unsupported:
+        reason = (
+            f"update, then apply_updates: the kernel does not support {unsupported[0]}"
+        )
         return Transformation(*tx, links=tx.links, describe_step=lambda params: reason)
-    place = len(sign)  # of the moments in the state
+    index = len(sign)  # of the moments in the state of the chain
 
     def step(grads, state, params, *, factor=None, **extra_args):
-        need_params(params)
-        if state[place].key is not None or why_no_kernel() is not None:
+        check_params(params)
+        if state[index].key is not None or why_no_kernel() is not None:
             updates, state = tx.update(
                 multiply(grads, factor), state, params, **extra_args
             )
             return apply_updates(params, updates), state
         params, moments = _step(
-            state[place],
+            state[index],
             grads,
             params,
             -1 if sign else 1,
@@ -72,7 +74,7 @@ def fuse(tx: Transformation) -> Transformation:
             decay.arguments,
             rate.arguments["learning_rate"],
         )
-        return params, (*state[:place], moments, *state[place + 1 :])
+        return params, (*state[:index], moments, *state[index + 1 :])
 
     def describe(params):
         if rule["rounds_stochastically"]:
@@ -83,19 +85,21 @@ def fuse(tx: Transformation) -> Transformation:
         if params is None:
             return text
         leaves = jax.tree.leaves(params)
-        known = 0
+        supported = 0
         for leaf in leaves:
             wide = compute_dtype(leaf.dtype)
             moments = rule["mu_dtype"] or wide, rule["nu_dtype"] or wide
-            known += is_known(leaf.dtype, *moments)
-        other = "; XLA computes the others, whose dtypes the kernel does not know"
-        return f"{text}, {known} of {len(leaves)}{other if known < len(leaves) else ''}"
+            supported += is_supported(leaf.dtype, *moments)
+        text = f"{text}, {supported} of {len(leaves)}"
+        if supported < len(leaves):
+            text += "; XLA computes the others, whose dtypes it does not support"
+        return text
 
     return Transformation(*tx, links=tx.links, step=step, describe_step=describe)
 
 
 def _step(moments, grads, params, sign, factor, rule, decay, learning_rate):
-    """The new parameters and moments."""
+    """Computes the new parameters and moments of all leaves."""
     dtype, mode = scalar_dtype((grads, moments.mu)), rule["bias_correction"]
     beta1, beta2 = (
         beta_at(name, rule[name], mode, moments.count, log, dtype)
@@ -103,10 +107,10 @@ def _step(moments, grads, params, sign, factor, rule, decay, learning_rate):
     )
     selected = leaf_flags(decay["mask"], params, grads)
 
-    @functools.cache  # one vector for all leaves of a kind
+    @functools.cache  # leaves of the same dtype and decay share one vector
     def scalars(dtype, decays):
         values = (
-            # -g in m is g with the weight -(1 - b1), and in v it is g.
+            # To maximize, m takes -(1 - b1) g; v does not depend on the sign of g.
             *(beta1.decay, sign * beta1.rest, beta1.correction),
             *(beta2.decay, beta2.rest, beta2.correction),
             *(rule["eps"], rule["eps_root"], learning_rate),

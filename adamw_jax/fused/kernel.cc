@@ -1,9 +1,9 @@
-// AdamW's update and its application to one leaf, in one pass over memory.
+// AdamW's update of the parameters and moments of one leaf, in one pass over memory.
 //
-// XLA on a CPU makes one loop for every output: three passes, 40 bytes a float32
-// parameter. This one reads p, m, v and g and writes p, m and v: 28.
+// XLA on a CPU makes one loop for every output: three passes, which move 40 bytes per
+// float32 parameter. This pass reads p, m, v and g and writes p, m and v: 28 bytes.
 //
-// Compiled by _one_pass.py at the first use, against the headers that come with jaxlib.
+// build.py compiles this file at first use, against the headers that jaxlib contains.
 
 #include <algorithm>
 #include <atomic>
@@ -18,7 +18,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// In the order of SCALARS in _one_pass.py.
+// In the order of SCALARS in kernel.py.
 struct Scalars {
   float decay1, rest1, correction1;
   float decay2, rest2, correction2;
@@ -42,18 +42,19 @@ inline void Store(float x, BFloat16* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  uint32_t quiet_nan = (bits >> 16) | 0x40;  // rounded, a NaN could become infinite
+  uint32_t quiet_nan = (bits >> 16) | 0x40;  // rounding could make a NaN infinite
   to->bits = static_cast<uint16_t>(x != x ? quiet_nan : nearest_even);
 }
 
-// The operations of clip_by_global_norm, scale_by_adam, add_decayed_weights, scale_by_learning_rate and
-// apply_updates, one by one in float32; the compiler makes vectors of them.
+// The operations of clip_by_global_norm, scale_by_adam, add_decayed_weights,
+// scale_by_learning_rate and apply_updates, one by one in float32. The compiler
+// vectorizes them.
 template <typename P, typename G>
 void Update(const Scalars& s, int64_t n, P* __restrict p, float* __restrict m,
             float* __restrict v, const G* __restrict g) {
   const Scalars c = s;
-  const float over1 = 1 / c.correction1, over2 = 1 / c.correction2;  // as XLA does
-  const bool decays = c.weight_decay != 0;  // a leaf that does not may be infinite
+  const float over1 = 1 / c.correction1, over2 = 1 / c.correction2;  // like XLA
+  const bool decays = c.weight_decay != 0;  // 0 * p is NaN for an infinite p
   for (int64_t i = 0; i < n; ++i) {
     const float gradient = c.gradient_factor * Load(g[i]), parameter = Load(p[i]);
     m[i] = c.decay1 * m[i] + c.rest1 * gradient;
@@ -65,8 +66,9 @@ void Update(const Scalars& s, int64_t n, P* __restrict p, float* __restrict m,
   }
 }
 
-// What the threads of one call share. A thread of the pool may come when all is done,
-// even after the buffers are gone: then it finds no chunk, and touches only this.
+// The state that the threads of one call share. A thread of the pool may start after
+// the work is done, even after the buffers are gone. It then finds no chunk left and
+// touches nothing but this object.
 struct Work {
   template <typename F>
   void TakeChunks(const F& update) {
@@ -83,8 +85,9 @@ struct Work {
   ffi::CountDownPromise done;
 };
 
-constexpr int64_t kChunk = 1 << 14;  // elements: some microseconds
-// Up to here a leaf is not worth waking others: XLA runs several calls at a time.
+constexpr int64_t kChunk = 1 << 14;  // elements; takes some microseconds
+// Up to this many elements one thread updates the leaf, because waking others is not
+// worth it: XLA runs several calls at a time.
 constexpr int64_t kInline = 1 << 17;
 
 template <typename P, typename G>
@@ -110,8 +113,8 @@ ffi::Future Run(ffi::ThreadPool& pool, const Scalars& s, int64_t n, void* p, flo
   };
   const int64_t helpers = std::min(pool.num_threads(), work->chunks) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(take)(take));
-  // This thread may be one of the pool, so it must not wait for the others: it takes
-  // chunks as they do, and XLA is told by the future when the last one is done.
+  // This thread may belong to the pool, so it must not wait for the others. It takes
+  // chunks as they do, and the future tells XLA when the last chunk is done.
   take();
   return future;
 }
@@ -132,12 +135,12 @@ ffi::Future OnePass(ffi::ThreadPool pool, ffi::AnyBuffer p, ffi::Buffer<ffi::F32
   for (size_t size : {m.element_count(), v.element_count(), g.element_count(),
                       new_p->element_count(), new_m->element_count(),
                       new_v->element_count()}) {
-    if (size != n) return Failed("p, m, v and g differ in size");
+    if (size != n) return Failed("p, m, v and g must have the same size");
   }
   Scalars s;
-  if (scalars.size_bytes() != sizeof s) return Failed("scalars of another number");
+  if (scalars.size_bytes() != sizeof s) return Failed("scalars must have 11 elements");
   std::memcpy(&s, scalars.untyped_data(), sizeof s);
-  // The results are the operands' own buffers; were they not, this is still right.
+  // The results alias the operands. Without aliasing, copying keeps this correct.
   auto in_place = [](const auto& from, auto& to) {
     void* data = to->untyped_data();
     if (data != from.untyped_data() && from.size_bytes()) {
@@ -153,7 +156,7 @@ ffi::Future OnePass(ffi::ThreadPool pool, ffi::AnyBuffer p, ffi::Buffer<ffi::F32
                                                    to_p, to_m, to_v, g.untyped_data());
   };
   const auto p_type = p.element_type(), g_type = g.element_type();
-  if (new_p->element_type() != p_type) return Failed("the result has another type");
+  if (new_p->element_type() != p_type) return Failed("new p must have the type of p");
   if (p_type == ffi::F32 && g_type == ffi::F32) return run(float{}, float{});
   if (p_type == ffi::F32 && g_type == ffi::BF16) return run(float{}, BFloat16{});
   if (p_type == ffi::BF16 && g_type == ffi::F32) return run(BFloat16{}, float{});

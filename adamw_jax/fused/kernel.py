@@ -1,8 +1,8 @@
-"""AdamW on one leaf, update and application: on a CPU a compiled kernel, one pass.
+"""AdamW's update of one leaf, in one pass of a compiled kernel on CPUs.
 
-XLA on a CPU computes the three results in three loops, which move 40 bytes a float32
-parameter; the kernel in kernel.cc moves 28. Where there is no kernel, for other dtypes,
-on other devices, under `vmap` and `grad`, XLA computes `reference`.
+XLA on a CPU computes the three results in three loops, which move 40 bytes per float32
+parameter; the kernel in kernel.cc moves 28. For other dtypes, on other devices, under
+`vmap` and `grad`, and where there is no kernel, XLA computes `reference`.
 """
 
 import functools
@@ -16,40 +16,44 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from .._tree import compute_dtype
 from .build import target
 
-# The order of the vector of scalars, here and in the kernel.
+# The order of the vector of scalars, also in kernel.cc.
 SCALARS = (
     *("decay1", "rest1", "correction1", "decay2", "rest2", "correction2"),
     *("eps", "eps_root", "learning_rate", "weight_decay", "gradient_factor"),
 )
-NARROW = (jnp.dtype("float32"), jnp.dtype("bfloat16"))  # what p and g may be
+# Of p and g; m and v must be float32.
+SUPPORTED_DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 
 
 def one_pass(p, m, v, g, scalars: jax.Array, decays: bool) -> tuple[Any, Any, Any]:
-    """The new p, m and v of one leaf, in the dtypes of the old.
+    """Computes the new p, m and v of one leaf, in the dtypes of the old ones.
 
-    Call it only where `why_no_kernel` is None.
+    Call it only if `why_no_kernel()` is None.
 
     Args:
         p: the parameter.
-        m: first moment.
-        v: second moment.
-        g: gradient; p, m and v have its shape.
-        scalars: a vector of SCALARS, in the dtype of the computation.
-        decays: whether this leaf decays; if not, its weight decay must be 0.
+        m: its first moment.
+        v: its second moment.
+        g: its gradient; all four have the same shape.
+        scalars: the vector of SCALARS, in the dtype of the arithmetic.
+        decays: whether the leaf decays. If not, the weight decay in scalars must be 0.
+
+    Returns:
+        The new p, m and v.
     """
-    known = is_known(p.dtype, m.dtype, v.dtype) and g.dtype in NARROW
-    if known and scalars.dtype == jnp.float32:
+    supported = is_supported(p.dtype, m.dtype, v.dtype) and g.dtype in SUPPORTED_DTYPES
+    if supported and scalars.dtype == jnp.float32:
         return _in_kernel(decays, p, m, v, g, scalars)
     return reference(decays, p, m, v, g, scalars)
 
 
-def is_known(dtype: Any, mu_dtype: Any, nu_dtype: Any) -> bool:
-    """Whether the kernel takes a parameter of this dtype with moments of these."""
-    return dtype in NARROW and jnp.float32 == mu_dtype == nu_dtype
+def is_supported(dtype: Any, mu_dtype: Any, nu_dtype: Any) -> bool:
+    """Whether the kernel supports a parameter and moments of these dtypes."""
+    return dtype in SUPPORTED_DTYPES and jnp.float32 == mu_dtype == nu_dtype
 
 
 def reference(decays: bool, p, m, v, g, scalars) -> tuple[Any, Any, Any]:
-    """What the links of the chain and `apply_updates` compute, for XLA."""
+    """Computes what the links of the chain and `apply_updates` compute, in XLA."""
     d1, r1, c1, d2, r2, c2, eps, eps_root, learning_rate, weight_decay, f = scalars
     g = f * g.astype(scalars.dtype)
     new_m = d1 * m.astype(g.dtype) + r1 * g
@@ -67,7 +71,7 @@ def reference(decays: bool, p, m, v, g, scalars) -> tuple[Any, Any, Any]:
 def _differentiable(decays, p, m, v, g, scalars):
     @jax.custom_batching.custom_vmap
     def compute(*leaves):
-        # Asked again where it is lowered, which may be for another platform.
+        # The program may be lowered for another platform than the default backend.
         return jax.lax.platform_dependent(
             *leaves, cpu=_partitioned, default=functools.partial(reference, decays)
         )
@@ -87,13 +91,13 @@ def _(decays, primals, tangents):
     return jax.jvp(functools.partial(reference, decays), primals, tangents)
 
 
-# A program within the program, so that leaves of one shape are traced once.
+# A nested jit, so that leaves of the same shape are traced once.
 _in_kernel = jax.jit(_differentiable, static_argnums=0)
 
 
 @custom_partitioning
 def _partitioned(p, m, v, g, scalars):
-    """Every device computes what it holds of the leaf."""
+    """Calls the kernel on the part of the leaf that a device holds."""
     results = [jax.typeof(x) for x in (p, m, v)]
     call = jax.ffi.ffi_call(target(), results, input_output_aliases={0: 0, 1: 1, 2: 2})
     return tuple(call(p, m, v, g, scalars))
@@ -111,7 +115,10 @@ def _propagate(mesh, arguments, results):
 
 
 def _most_sharded(arguments):
-    """Of p, m, v and g: whole parameters are cut for nothing, moments are not sent."""
+    """The sharding of p, m, v or g that splits the leaf most.
+
+    Slicing a replicated parameter is free, gathering sharded moments is not.
+    """
     shape = arguments[0].shape
     return min(
         (x.sharding for x in arguments[:4]),

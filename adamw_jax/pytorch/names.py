@@ -1,4 +1,4 @@
-"""What PyTorch has and where it belongs here: names, arrays, layouts, groups."""
+"""The mapping from PyTorch: names, arrays, layouts and parameter groups."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from .._tree import path_string
 
 Rename = Callable[[str], str] | Mapping[str, str] | None
 
-# Flax's names for the last part of PyTorch's.
+# From the last part of a name in PyTorch to its names in Flax.
 _LEAF_NAMES = {
     "weight": ("kernel", "scale", "embedding"),
     "running_mean": ("mean",),
@@ -20,10 +20,11 @@ _LEAF_NAMES = {
 
 
 class Layout(NamedTuple):
-    """How the arrays of the two libraries lie: two functions of (path, array).
+    """How arrays are laid out in the two libraries: two functions of (path, array).
 
-    Each is given the path of our leaf, `conv1/kernel`, and a NumPy array, and returns
-    one. They only move elements, and each undoes the other; that is checked.
+    Each takes the path of the JAX leaf, such as `conv1/kernel`, and a NumPy array, and
+    returns an array. They only permute elements, and each must be the inverse of the
+    other, which is checked.
     """
 
     from_torch: Callable[[str, np.ndarray], np.ndarray]
@@ -42,10 +43,10 @@ def _from_flax(path: str, array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, (-2, -1), (1, 0)) if _is_kernel(path, array) else array
 
 
-# Leaves named kernel: (out, in, ...) there, (..., in, out) here, that is OIHW to HWIO
-# and a transposed matrix. All others stay as they are. Attention, recurrent cells and
-# transposed convolutions are arranged otherwise: they need a layout of one's own, which
-# can call these for the rest.
+# Kernels are (out, in, ...) in PyTorch and (..., in, out) in Flax: OIHW becomes HWIO,
+# and matrices are transposed. All other leaves stay as they are. Attention, recurrent
+# cells and transposed convolutions need a layout of their own, which can call this one
+# for the other leaves.
 flax_layout = Layout(_to_flax, _from_flax)
 
 
@@ -55,13 +56,13 @@ flax_layout = Layout(_to_flax, _from_flax)
 
 
 class Problems:
-    """What does not fit, collected to be said at once."""
+    """Collects all mismatches, to report them in one error."""
 
     def __init__(self, title: str):
         self.title, self.lines = title, []
 
-    def add(self, where: str, what: str) -> None:
-        line = f"  {where}: {what}"
+    def add(self, location: str, problem: str) -> None:
+        line = f"  {location}: {problem}"
         if line not in self.lines:
             self.lines.append(line)
 
@@ -71,7 +72,7 @@ class Problems:
 
 
 class Parameter(NamedTuple):
-    """One of PyTorch's parameters; the group and the state are the dict's own."""
+    """A parameter of PyTorch, with its group and its state in the state dict."""
 
     number: int
     name: str
@@ -86,16 +87,16 @@ def torch_parameters(
     rename: Rename,
     problems: Problems,
 ) -> dict[str, Parameter]:
-    """From our path to what PyTorch has for it, in PyTorch's order."""
+    """A dict from the path of a leaf to its parameter, in PyTorch's order."""
     groups, states = state_dict["param_groups"], state_dict["state"]
     for group in groups:
-        check_kind(group)
+        check_group(group)
     numbers = [(n, group) for group in groups for n in group["params"]]
     if names is None:
         if not all("param_names" in group for group in groups):
             raise ValueError(
-                "names must be given, [name for name, _ in net.named_parameters()] in "
-                "the order of the groups: this optimizer's state has numbers only"
+                "names must be given, because this state dict has none: pass [name for "
+                "name, _ in net.named_parameters()] in the order of the groups"
             )
         names = [name for group in groups for name in group["param_names"]]
     if isinstance(names, str) or len(names) != len(numbers):
@@ -116,9 +117,9 @@ def torch_parameters(
 def find_leaves(
     names: Iterable[str], rename: Rename, leaves: set[str], problems: Problems
 ) -> dict[str, str]:
-    """From PyTorch's names to paths of leaves, each to another."""
+    """A dict from PyTorch's names to the paths of leaves, one to one."""
     found: dict[str, str] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     for name in names:
         if isinstance(rename, Mapping):
             path = rename.get(name, name)
@@ -126,20 +127,22 @@ def find_leaves(
             path = rename(name) if rename is not None else name
         path = path if path in leaves else path.replace(".", "/")
         module, slash, last = path.rpartition("/")
-        others = [module + slash + other for other in _LEAF_NAMES.get(last, ())]
-        there = [path for path in (path, *others) if path in leaves]
-        if len(there) != 1:
+        candidates = [path]
+        candidates += [module + slash + other for other in _LEAF_NAMES.get(last, ())]
+        matches = [path for path in candidates if path in leaves]
+        if not matches:
             problems.add(
-                f"parameter {name}",
-                f"there is no leaf {' or '.join((path, *others))}"
-                if not there
-                else f"could be leaf {' or '.join(there)}: use rename",
+                f"parameter {name}", f"there is no leaf {' or '.join(candidates)}"
             )
-        elif name in found or there[0] in taken:
-            problems.add(f"parameter {name}", f"leaf {there[0]} is already taken")
+        elif len(matches) > 1:
+            problems.add(
+                f"parameter {name}", f"could be leaf {' or '.join(matches)}: use rename"
+            )
+        elif name in found or matches[0] in used:
+            problems.add(f"parameter {name}", f"leaf {matches[0]} is already taken")
         else:
-            found[name] = there[0]
-            taken.add(there[0])
+            found[name] = matches[0]
+            used.add(matches[0])
     return found
 
 
@@ -154,16 +157,16 @@ def leaf_paths(params: Any) -> set[str]:
 
 
 def to_array(x: Any) -> np.ndarray:
-    """A NumPy array of a tensor, or of what NumPy takes."""
+    """A NumPy array from a tensor, or from anything that NumPy accepts."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        # NumPy has no bfloat16; a float32 holds it exactly.
+        # NumPy has no bfloat16; float32 holds its values exactly.
         x = (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
     return np.asarray(x)
 
 
 def to_tensor(array: np.ndarray) -> Any:
-    """A tensor with memory of its own, which PyTorch will write to."""
+    """A tensor that owns its memory, because PyTorch writes to it."""
     import torch
 
     array = np.array(array, order="C")
@@ -172,8 +175,8 @@ def to_tensor(array: np.ndarray) -> Any:
     return torch.from_numpy(array)
 
 
-def put(old: Any, array: np.ndarray) -> jax.Array:
-    """A copy of the array, where the old one was."""
+def put_like(old: Any, array: np.ndarray) -> jax.Array:
+    """A copy of the array with the dtype and on the devices of the old one."""
     array = np.array(array, old.dtype)
     if getattr(old, "committed", False):
         return jax.device_put(array, old.sharding)
@@ -181,16 +184,17 @@ def put(old: Any, array: np.ndarray) -> jax.Array:
 
 
 def put_number(old: Any, value: Any) -> Any:
-    """A scalar in the place of another; also inside a Variable of nnx.Optimizer."""
-    return jax.tree.map(lambda x: put(x, np.asarray(value)), old)
+    """Replaces a scalar, also inside a Variable of nnx.Optimizer."""
+    return jax.tree.map(lambda x: put_like(x, np.asarray(value)), old)
 
 
 def put_array(
     path: str, key: str, old: Any, array: np.ndarray, problems: Problems
 ) -> Any:
+    """Replaces an array by one of the same shape, if its dtype loses no bits."""
     if array.shape != old.shape:
         problems.add(
-            f"leaf {path}", f"{key} has shape {array.shape} here, expected {old.shape}"
+            f"leaf {path}", f"{key} has shape {array.shape}, expected {old.shape}"
         )
         return old
     with np.errstate(all="ignore"):
@@ -199,30 +203,29 @@ def put_array(
     if not exact:
         problems.add(
             f"leaf {path}",
-            f"{key} has dtype {array.dtype}, of which {old.dtype} would lose bits",
+            f"{key} has dtype {array.dtype}, and {old.dtype} would lose bits of it",
         )
         return old
-    return put(old, cast)
+    return put_like(old, cast)
 
 
-def turn(
+def convert_layout(
     layout: Layout, path: str, array: np.ndarray, to: str, problems: Problems
 ) -> np.ndarray:
-    """The array in the other layout, after a look whether the way back leads back."""
-    there, back = layout if to == "from_torch" else layout[::-1]
+    """Converts to the other layout, after checking that this is invertible."""
+    convert, invert = layout if to == "from_torch" else layout[::-1]
     order = np.arange(array.size).reshape(array.shape)
-    whose = "PyTorch's shape" if to == "from_torch" else "shape"
+    owner = "PyTorch's " if to == "from_torch" else ""
+    shape = f"{owner}shape {array.shape}"
     try:
-        undone = np.array_equal(back(path, there(path, order)), order)
-        turned = there(path, array)
-    except ValueError as error:  # NumPy's, of a reshape or transpose
-        problems.add(f"leaf {path}", f"layout fails for {whose} {array.shape}: {error}")
+        invertible = np.array_equal(invert(path, convert(path, order)), order)
+        converted = convert(path, array)
+    except ValueError as error:  # of a reshape or transpose in NumPy
+        problems.add(f"leaf {path}", f"layout fails for {shape}: {error}")
         return array
-    if not undone:
-        problems.add(
-            f"leaf {path}", f"layout does not undo itself for {whose} {array.shape}"
-        )
-    return turned
+    if not invertible:
+        problems.add(f"leaf {path}", f"layout does not undo itself for {shape}")
+    return converted
 
 
 # ---------------------------------------------------------------------------
@@ -230,12 +233,13 @@ def turn(
 # ---------------------------------------------------------------------------
 
 
-def check_kind(group: Mapping[str, Any]) -> None:
-    adams, sgds = {"betas", "amsgrad"}, {"momentum", "dampening", "nesterov"}
-    if not (adams <= set(group) or sgds <= set(group)):
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises unless the group is one of PyTorch's Adam, AdamW or SGD."""
+    adam, sgd = {"betas", "amsgrad"}, {"momentum", "dampening", "nesterov"}
+    if not (adam <= set(group) or sgd <= set(group)):
         raise ValueError(
-            "the groups must be those of PyTorch's Adam, AdamW or SGD; one has "
-            + ", ".join(map(str, group))
+            "param_groups must be those of PyTorch's Adam, AdamW or SGD, got a group "
+            f"with {', '.join(map(str, group))}"
         )
 
 
@@ -243,13 +247,13 @@ def is_sgd(group: Mapping[str, Any]) -> bool:
     return "betas" not in group
 
 
-def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
+def get_betas(group: Mapping[str, Any]) -> tuple[float, float]:
     b1, b2 = group.get("betas", (0.0, 0.0))
     return float(b1), float(b2)
 
 
 def rate_ratio(group: Mapping[str, Any], first: Mapping[str, Any]) -> float:
-    """The learning rate of a group over that of the first one."""
+    """The ratio of the learning rate of a group to that of the first group."""
     rate, base = float(group["lr"]), float(first["lr"])
     if base == 0 and "initial_lr" in group and "initial_lr" in first:
         rate, base = float(group["initial_lr"]), float(first["initial_lr"])
@@ -257,12 +261,14 @@ def rate_ratio(group: Mapping[str, Any], first: Mapping[str, Any]) -> float:
         return 1.0
     if base == 0:
         raise ValueError(
-            f"the first group has the learning rate 0, another {rate}: no ratio"
+            "the learning rates of the groups have no ratio: the first group has the "
+            f"learning rate 0, another {rate}"
         )
     return rate / base
 
 
 def to_count(path: str, step: Any, problems: Problems) -> int:
+    """The step count of a parameter as an int."""
     count = float(to_array(step))
     if not count >= 0 or count % 1:
         problems.add(f"leaf {path}", f"step must be an integer >= 0, got {count}")

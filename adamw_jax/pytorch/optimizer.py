@@ -1,7 +1,7 @@
-"""The optimizer that goes on where PyTorch's stopped: what becomes of its groups."""
+"""Optimizers and phases that continue from a PyTorch checkpoint."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -20,8 +20,8 @@ from .names import (
     Parameter,
     Problems,
     Rename,
-    betas_of,
     flax_layout,
+    get_betas,
     is_sgd,
     leaf_paths,
     rate_ratio,
@@ -43,51 +43,52 @@ def optimizer_from_torch_state_dict(
     layout: Layout = flax_layout,
     step: int | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
-    r"""The optimizer that goes on where PyTorch's Adam, AdamW, AMSGrad or SGD stopped.
+    r"""Builds the optimizer that continues PyTorch's Adam, AdamW, AMSGrad or SGD.
 
-    What parameter groups become:
+    Parameter groups translate as follows:
 
-    =====================================  =============================================
-    the same options                       one :func:`adam`, :func:`adamw`, ...
-    another `lr`                           the learning rate is that of the first group,
-                                           :func:`scale_by_group` has the ratio
-    `weight_decay=0` in some               the optimizer's `mask`
-    other `betas`, `eps`, ..., two decays  `optax.partition`, an optimizer for each
-    other step counts                      the same, so that each keeps its own count
-    parameters in no group                 :func:`freeze_leaves`
-    =====================================  =============================================
+    ========================================  ==========================================
+    groups with equal options                 one :func:`adam`, :func:`adamw`, ...
+    different `lr`                            the learning rate of the first group, with
+                                              the ratios in :func:`scale_by_group`
+    `weight_decay=0` in some groups           the optimizer's `mask`
+    different `betas`, ..., nonzero decays    `optax.partition`, one optimizer for each
+    different step counts                     likewise, so that each keeps its own count
+    parameters in no group                    :func:`freeze_leaves`
+    ========================================  ==========================================
 
-    A parameter of a group that never had a gradient begins with its first one here. If
-    it had none because it is not to be trained, build the optimizer yourself, with
+    A parameter in a group that never had a gradient starts with its first one. If it
+    had none because it should stay frozen, build the optimizer yourself, with
     :func:`freeze_leaves`, and fill its state with :func:`from_torch_state_dict`.
 
-    `foreach`, `fused`, `capturable` and `differentiable` are ways to compute the same
-    update, and have no meaning here. `dampening` is possible if it equals the momentum
-    and all buffers are there: `sgd(dampened=True)`.
+    `foreach`, `fused`, `capturable` and `differentiable` select implementations of the
+    same update and are ignored. `dampening` is supported if it equals the momentum and
+    all buffers exist: `sgd(dampened=True)`.
 
     Args:
         state_dict: `optimizer.state_dict()`.
-        params: the tree to be trained.
-        learning_rate: that of the first group from here on: a number, a schedule of
-            the step, or :class:`Phases`, which then also drive b1 (and are taken to
-            have driven it so far), b2 and the decay if they set them; as
-            :func:`phases_from_torch_scheduler` returns. None: goes on with the group's,
-            unless a scheduler drove that.
-        decoupled: AdamW, not Adam with L2. None: the groups say so, but
-            not those that older versions of PyTorch have written.
-        bias_correction: `"torch"` goes on as PyTorch would. See
-            :func:`from_torch_state_dict` for `"exact"`.
-        names: see :func:`from_torch_state_dict`, also for the following.
-        rename: see there.
-        layout: see there.
-        step: see there.
+        params: the parameters to train.
+        learning_rate: the learning rate of the first group from now on: a number, a
+            schedule of the step, or :class:`Phases`, such as
+            :func:`phases_from_torch_scheduler` returns. Phases also drive b1, b2 and
+            the decay if they set them, and are assumed to have driven b1 so far. None:
+            the learning rate of the group, unless a scheduler drove it.
+        decoupled: True for AdamW, False for Adam with L2. None: read from the groups,
+            in which older versions of PyTorch did not store it.
+        bias_correction: `"torch"` continues exactly as PyTorch would. For `"exact"` see
+            :func:`from_torch_state_dict`.
+        names: PyTorch's parameter names in the order of the groups; None: read from the
+            dict. This and the following are described at :func:`from_torch_state_dict`.
+        rename: from PyTorch's names to paths, as a function or a dict.
+        layout: converts arrays; the default knows Flax's kernels.
+        step: number of updates done; None: the highest count of PyTorch. SGD needs it.
 
     Returns:
         The transformation and its state.
 
     Raises:
-        ValueError: as :func:`from_torch_state_dict`; a scheduler drove the groups and
-            no learning rate was given; groups of another optimizer; dampening.
+        ValueError: as for :func:`from_torch_state_dict`; or a scheduler drove the
+            groups and there is no learning_rate; or the dampening is not supported.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -108,50 +109,54 @@ def optimizer_from_torch_state_dict(
     problems.raise_if_any()
     groups = [group for group in state_dict["param_groups"] if len(group["params"])]
     if not groups:
-        raise ValueError("state_dict has no parameters in its groups")
-    driven = _driven(learning_rate, groups)
+        raise ValueError("state_dict must have parameters in its groups, got none")
+    scheduled = _hyperparams_from(learning_rate, groups)
 
-    # One optimizer for the leaves that differ in rate and in zero decay only.
-    kinds: dict[str, tuple] = {
-        path: (
-            _options(there.group, decoupled, "b1" in driven),
-            to_count(path, there.state.get("step", 0), problems),
+    # Leaves that differ only in learning rate, or in whether they decay, share one.
+    kinds = {
+        path: _Kind(
+            _make_options(parameter.group, decoupled, "b1" in scheduled),
+            to_count(path, parameter.state.get("step", 0), problems),
         )
-        for path, there in table.items()
+        for path, parameter in table.items()
     }
     problems.raise_if_any()
-    decays = {path: float(there.group["weight_decay"]) for path, there in table.items()}
+    decays = {
+        path: float(parameter.group["weight_decay"])
+        for path, parameter in table.items()
+    }
     for kind in set(kinds.values()):
-        mine = [path for path in table if kinds[path] == kind]
-        if len({decays[path] for path in mine} - {0.0}) > 1:
-            if "weight_decay" in driven:
+        paths = [path for path in table if kinds[path] == kind]
+        if len({decays[path] for path in paths} - {0.0}) > 1:
+            if "weight_decay" in scheduled:
                 raise ValueError(
-                    "learning_rate drives weight_decay, but the groups have several"
+                    "learning_rate must be phases without weight_decay, which differs "
+                    "between the groups"
                 )
-            for path in mine:
-                kinds[path] = (*kind, decays[path])
+            for path in paths:
+                kinds[path] = kind._replace(weight_decay=decays[path])
     labels = {kind: str(i) for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     by_label, rates = {}, {}
     for kind, label in labels.items():
-        mine = [path for path in table if kinds[path] == kind]
-        first = next(g for g in groups if any(table[p].group is g for p in mine))
-        relative = rate_ratio(first, groups[0])
-        values = dict(driven)
+        paths = [path for path in table if kinds[path] == kind]
+        first = next(g for g in groups if any(table[p].group is g for p in paths))
+        ratio = rate_ratio(first, groups[0])
+        values = dict(scheduled)
         if learning_rate is None:
             values["learning_rate"] = float(first["lr"])
-        elif relative != 1:
-            values["learning_rate"] = _scaled(driven["learning_rate"], relative)
-        if kind[0][0] == "sgd" and kind[0][3]:  # dampened
-            _check_buffers(table, mine)
+        elif ratio != 1:
+            values["learning_rate"] = _scale(scheduled["learning_rate"], ratio)
+        if isinstance(kind.options, _SgdOptions) and kind.options.dampened:
+            _check_buffers(table, paths)
         by_label[label] = _build(
-            kind[0],
+            kind.options,
             values,
-            max(decays[path] for path in mine),
-            {path for path in mine if decays[path] > 0},
-            len(mine),
+            max(decays[path] for path in paths),
+            {path for path in paths if decays[path] > 0},
+            len(paths),
             bias_correction,
         )
-        for path in mine:
+        for path in paths:
             rates[path] = rate_ratio(table[path].group, first)
 
     def by_path(values):
@@ -182,8 +187,8 @@ def optimizer_from_torch_state_dict(
         rename=rename,
         layout=layout,
         step=step,
-        b1=driven.get("b1"),
-        b2=driven.get("b2"),
+        b1=scheduled.get("b1"),
+        b2=scheduled.get("b2"),
     )
     return tx, state
 
@@ -192,23 +197,23 @@ def phases_from_torch_scheduler(
     scheduler_state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
 ) -> Phases:
-    """The :class:`Phases` of a `OneCycleLR` in a checkpoint, for its first group.
+    """Reads the :class:`Phases` of the first group from the state of a `OneCycleLR`.
 
-    Other schedulers keep functions or too little of themselves in their state: build
-    their schedule here as it was built there.
+    Other schedulers store functions, or not enough to rebuild their schedule: build it
+    yourself.
 
     Args:
         scheduler_state_dict: `scheduler.state_dict()`. Its `last_epoch` is the `step`
-            of :func:`from_torch_state_dict`, if the scheduler was stepped once for
-            each update.
+            of :func:`from_torch_state_dict`, if the scheduler was stepped once per
+            update.
         param_groups: `optimizer.state_dict()["param_groups"]`, where the scheduler
-            keeps its rates and momenta.
+            stores its rates and momenta.
 
     Returns:
-        What :func:`one_cycle_torch` returns.
+        The phases of :func:`one_cycle_torch`.
 
     Raises:
-        ValueError: the state of another scheduler.
+        ValueError: the state is that of another scheduler.
 
     Example:
         >>> scheduler = {"total_steps": 97, "_anneal_func_type": "cos",
@@ -224,7 +229,7 @@ def phases_from_torch_scheduler(
     if torch_phases is None or "max_lr" not in group:
         raise ValueError(
             "scheduler_state_dict must be that of a OneCycleLR, and param_groups those "
-            f"it drives; it has {', '.join(map(str, scheduler_state_dict))}"
+            f"that it drives, got {', '.join(map(str, scheduler_state_dict))}"
         )
     total = scheduler_state_dict["total_steps"]
     cycled = scheduler_state_dict["cycle_momentum"]
@@ -244,107 +249,149 @@ def phases_from_torch_scheduler(
 
 
 # ---------------------------------------------------------------------------
-# the optimizer of a group
+# the optimizer of a kind of groups
 # ---------------------------------------------------------------------------
 
 
-def _driven(learning_rate: Any, groups: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the caller drives, each as a number or a schedule."""
+class _AdamOptions(NamedTuple):
+    """Options of PyTorch's Adam or AdamW that all leaves of one optimizer share."""
+
+    decoupled: bool
+    b1: float
+    b2: float
+    eps: float
+    amsgrad: bool
+    maximize: bool
+
+
+class _SgdOptions(NamedTuple):
+    """Options of PyTorch's SGD that all leaves of one optimizer share."""
+
+    momentum: float
+    nesterov: bool
+    dampened: bool
+    maximize: bool
+
+
+class _Kind(NamedTuple):
+    """Leaves of the same kind are trained by one optimizer."""
+
+    options: _AdamOptions | _SgdOptions
+    count: int
+    weight_decay: float | None = None  # set if leaves with these options differ in it
+
+
+def _hyperparams_from(
+    learning_rate: Any, groups: list[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The hyperparameters that the argument sets, each a number or a schedule."""
     if learning_rate is None:
         if any("initial_lr" in group for group in groups):
             raise ValueError(
-                "learning_rate must be given: a scheduler drove this optimizer (its "
-                "groups have initial_lr). See phases_from_torch_scheduler"
+                "learning_rate must be given, because a scheduler drove this optimizer "
+                "(its groups have initial_lr); see phases_from_torch_scheduler"
             )
         return {}
     if not isinstance(learning_rate, Phases):
         return {"learning_rate": learning_rate}
-    driven = {name: learning_rate.schedule(name) for name in learning_rate.names}
-    if "learning_rate" not in driven:
-        raise ValueError("learning_rate was given phases that do not set it")
+    schedules = {name: learning_rate.schedule(name) for name in learning_rate.names}
+    if "learning_rate" not in schedules:
+        raise ValueError(
+            "learning_rate was set to phases that do not set it; they set "
+            f"{', '.join(learning_rate.names)}"
+        )
     momenta = {
-        float(group["momentum"]) if is_sgd(group) else betas_of(group)[0]
+        float(group["momentum"]) if is_sgd(group) else get_betas(group)[0]
         for group in groups
     }
-    if "b1" in driven and len(momenta) > 1:
+    if "b1" in schedules and len(momenta) > 1:
         raise ValueError(
-            f"learning_rate drives b1, which differs between the groups: {momenta}"
+            "learning_rate must be phases without b1, which differs between the "
+            f"groups: {', '.join(map(str, sorted(momenta)))}"
         )
-    return driven
+    return schedules
 
 
-def _scaled(value: Any, factor: float) -> Any:
+def _scale(value: Any, factor: float) -> Any:
     return (lambda step: factor * value(step)) if callable(value) else factor * value
 
 
-def _options(
-    group: Mapping[str, Any], decoupled: bool | None, b1_driven: bool
-) -> tuple:
-    """What one optimizer has one of, beside rate and decay."""
+def _make_options(
+    group: Mapping[str, Any], decoupled: bool | None, drives_b1: bool
+) -> _AdamOptions | _SgdOptions:
     maximize = bool(group.get("maximize", False))
     if is_sgd(group):
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
-        if dampening and momentum and (dampening != momentum or b1_driven):
+        if dampening and momentum and (dampening != momentum or drives_b1):
             raise ValueError(
-                f"dampening={dampening} with momentum={momentum}: only dampening equal "
-                "to a constant momentum can go on here (sgd(dampened=True))"
+                "dampening must be 0 or equal to a constant momentum "
+                f"(sgd(dampened=True)), got dampening={dampening} with "
+                f"momentum={momentum}"
             )
-        dampened = bool(dampening and momentum)
-        return ("sgd", momentum, bool(group["nesterov"]), dampened, maximize)
+        return _SgdOptions(
+            momentum,
+            nesterov=bool(group["nesterov"]),
+            dampened=bool(dampening and momentum),
+            maximize=maximize,
+        )
     if decoupled is None:
         decoupled = group.get("decoupled_weight_decay")
         if decoupled is None and float(group["weight_decay"]):
             raise ValueError(
-                "decoupled must be given: the groups do not say whether they are of "
-                "Adam or AdamW (older versions of PyTorch did not write it)"
+                "decoupled must be given, because older versions of PyTorch did not "
+                "store whether groups are of Adam or AdamW"
             )
-    kind, eps = "adamw" if decoupled else "adam", float(group["eps"])
-    return (kind, betas_of(group), eps, bool(group["amsgrad"]), maximize)
+    b1, b2 = get_betas(group)
+    return _AdamOptions(
+        bool(decoupled), b1, b2, float(group["eps"]), bool(group["amsgrad"]), maximize
+    )
 
 
 def _build(
-    options: tuple,
-    driven: dict[str, Any],
+    options: _AdamOptions | _SgdOptions,
+    values: dict[str, Any],
     decay: float,
-    decayed: set[str],
-    leaves: int,
+    decayed_paths: set[str],
+    num_leaves: int,
     bias_correction: BiasCorrection,
 ) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of one kind of leaves; `values` take precedence over options."""
     mask = None
-    if len(decayed) < leaves and (decayed or "weight_decay" in driven):
-        mask = mask_by(lambda path, _: path in decayed)
-    kind, momenta, *_, maximize = options
-    rate, decay = driven["learning_rate"], driven.get("weight_decay", decay)
-    if kind == "sgd":
-        momentum = driven.get("b1", momenta or None)
+    if len(decayed_paths) < num_leaves and (decayed_paths or "weight_decay" in values):
+        mask = mask_by(lambda path, _: path in decayed_paths)
+    learning_rate = values["learning_rate"]
+    decay = values.get("weight_decay", decay)
+    if isinstance(options, _SgdOptions):
         return sgd(
-            rate,
-            momentum,
-            nesterov=options[2],
-            dampened=options[3],
+            learning_rate,
+            values.get("b1", options.momentum or None),
+            nesterov=options.nesterov,
+            dampened=options.dampened,
             l2=decay,
             mask=mask,
-            maximize=maximize,
+            maximize=options.maximize,
         )
-    b1, b2 = driven.get("b1", momenta[0]), driven.get("b2", momenta[1])
     common: dict[str, Any] = {
-        "b1": b1,
-        "b2": b2,
-        "eps": options[2],
+        "b1": values.get("b1", options.b1),
+        "b2": values.get("b2", options.b2),
+        "eps": options.eps,
         "mask": mask,
-        "maximize": maximize,
+        "maximize": options.maximize,
         "bias_correction": bias_correction,
     }
-    if options[3]:
-        name = "weight_decay" if kind == "adamw" else "l2"
-        return amsgrad(rate, **{name: decay}, **common)
-    if kind == "adamw":
-        return adamw(rate, weight_decay=decay, **common)
-    return adam(rate, l2=decay, **common)
+    if options.amsgrad:
+        common["weight_decay" if options.decoupled else "l2"] = decay
+        return amsgrad(learning_rate, **common)
+    if options.decoupled:
+        return adamw(learning_rate, weight_decay=decay, **common)
+    return adam(learning_rate, l2=decay, **common)
 
 
 def _check_buffers(table: dict[str, Parameter], paths: list[str]) -> None:
-    """PyTorch does not dampen the first gradient, which starts a buffer."""
+    """Raises if a buffer is missing: PyTorch does not dampen its first gradient."""
     for path in paths:
         if table[path].state.get("momentum_buffer") is None:
-            raise ValueError(f"dampening: leaf {path} has no momentum_buffer yet")
+            raise ValueError(
+                "dampening is not supported before the first update: leaf "
+                f"{path} has no momentum_buffer yet"
+            )

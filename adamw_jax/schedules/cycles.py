@@ -1,31 +1,34 @@
-"""Phases with a name: 1cycle and its relatives, warm restarts, the range test."""
+"""Ready-made phases: 1cycle and its relatives, warm restarts, the range test."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from .._checks import check_choice, check_scalar
-from .phases import Phase, Phases, plain
+from .phases import Phase, Phases, to_python
 
 
-def _stretches(
+def _make_duration_fn(
     steps: float | None, epochs: float | None, steps_per_epoch: float | None
 ) -> Callable[[float], dict[str, float]]:
-    """From a share of the run to the duration of a phase, in steps or in epochs."""
+    """Makes the function from a share of the run to the duration of a `Phase`."""
     if (steps is None) == (epochs is None):
         raise ValueError(
-            f"give steps or epochs: got steps={steps!r}, epochs={epochs!r}"
+            f"set either steps or epochs, got steps={steps!r}, epochs={epochs!r}"
         )
     unit, length = ("epochs", epochs) if steps is None else ("steps", steps)
     assert length is not None
     if (unit == "epochs") == (steps_per_epoch is None):
-        raise ValueError(f"{unit} with steps_per_epoch={steps_per_epoch!r}")
+        raise ValueError(
+            "steps_per_epoch is needed with epochs, and only then: got "
+            f"{unit}={length!r}, steps_per_epoch={steps_per_epoch!r}"
+        )
     check_scalar(unit, length)
     return lambda share: {unit: length * share}
 
 
-def _positive(**values: Any) -> None:
+def _check_positive(**values: Any) -> None:
     for name, value in values.items():
-        check_scalar(name, plain(name, value))
+        check_scalar(name, to_python(name, value))
         if value == 0:
             raise ValueError(f"{name} must be > 0, got {value!r}")
 
@@ -43,30 +46,30 @@ def one_cycle(
     b2: float | None = None,
     weight_decay: float | None = None,
 ) -> Phases:
-    """The article's 1cycle: up, down, and a short annealing.
+    """The article's 1cycle: up, down, then a short annealing.
 
-    Over (1 - pct)/2 of the run the rate rises linearly from learning_rate/div while b1
-    falls; over as much it falls again while b1 rises; over the last pct it goes on
-    from learning_rate/div down to learning_rate/(100 div) linearly, or to 0 along a
-    cosine, at the high b1.
+    The rate rises linearly from learning_rate/div over (1 - pct)/2 of the run, while b1
+    falls, and falls back over the same time, while b1 rises. Over the last pct it is
+    annealed from learning_rate/div, linearly to learning_rate/(100 div) or along a
+    cosine to 0, at the high b1.
 
     Args:
         learning_rate: the peak.
-        steps: length of the run in steps.
-        epochs: length in epochs, instead.
-        steps_per_epoch: with epochs.
-        div: peak over the first rate.
-        pct: the share of the annealing, in (0, 1).
+        steps: length of the run in steps. Set either steps or epochs.
+        epochs: length of the run in epochs.
+        steps_per_epoch: needed with epochs.
+        div: ratio of the peak to the first rate.
+        pct: share of the annealing, in (0, 1).
         b1: the high and the low value.
-        end: of the annealing.
-        b2: constant through the run; the article trains with .99. None: not driven.
-        weight_decay: likewise.
+        end: shape of the annealing, `"linear"` or `"cosine"`.
+        b2: a constant value, .99 in the article. None: the phases do not drive b2.
+        weight_decay: a constant value. None: not driven.
 
     Returns:
         Three phases.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError, ValueError: an argument is out of range.
 
     Example:
         >>> phases = one_cycle(3e-3, epochs=30, steps_per_epoch=391)
@@ -79,8 +82,8 @@ def one_cycle(
     Source: Gugger and Howard, 2018. Smith, `Super-Convergence
     <https://arxiv.org/abs/1708.07120>`_, 2018.
     """
-    part = _stretches(steps, epochs, steps_per_epoch)
-    _positive(learning_rate=learning_rate, div=div)
+    duration = _make_duration_fn(steps, epochs, steps_per_epoch)
+    _check_positive(learning_rate=learning_rate, div=div)
     check_choice("end", end, ("linear", "cosine"))
     if not 0 < pct < 1:
         raise ValueError(f"pct must be in (0, 1), got {pct!r}")
@@ -91,12 +94,12 @@ def one_cycle(
     rise = {"learning_rate": (low, learning_rate), "b1": (high_b1, low_b1)}
     fall = {"learning_rate": (learning_rate, low), "b1": (low_b1, high_b1)}
     anneal = {"learning_rate": last, "b1": high_b1}
-    half = part((1 - pct) / 2)
+    half = duration((1 - pct) / 2)
     return Phases(
         (
             Phase(**half, **rise, **constant),
             Phase(**half, **fall, **constant),
-            Phase(**part(pct), **anneal, **constant),
+            Phase(**duration(pct), **anneal, **constant),
         ),
         steps_per_epoch,
     )
@@ -114,28 +117,29 @@ def one_cycle_plateau(
     b2: float | None = None,
     weight_decay: float | None = None,
 ) -> Phases:
-    """The article's variant for language models: up, a plateau, down, an annealing.
+    """The article's 1cycle for language models: up, a plateau, down, an annealing.
 
-    pct of the run rising linearly from learning_rate/div to the peak (b1 falling),
-    (1 - 2 pct)/2 at the peak, as much falling back (b1 rising), and pct along a cosine
-    to 0: with the defaults, 7.5, 37.5, 37.5 and 7.5 of 90 epochs.
+    The rate rises linearly from learning_rate/div to the peak over pct of the run,
+    while b1 falls. It stays there for (1 - 2 pct)/2 and falls back over the same time,
+    while b1 rises. Over the last pct it is annealed along a cosine to 0. With the
+    defaults these are 7.5, 37.5, 37.5 and 7.5 of 90 epochs.
 
     Args:
         learning_rate: the peak.
-        steps: length of the run in steps.
-        epochs: length in epochs, instead.
-        steps_per_epoch: with epochs.
-        div: peak over the first rate.
-        pct: the share of the first and of the last phase, in (0, 1/2).
+        steps: length of the run in steps. Set either steps or epochs.
+        epochs: length of the run in epochs.
+        steps_per_epoch: needed with epochs.
+        div: ratio of the peak to the first rate.
+        pct: share of the first phase, and of the last, in (0, 1/2).
         b1: the high and the low value.
-        b2: constant through the run; None: not driven.
-        weight_decay: likewise.
+        b2: a constant value. None: the phases do not drive b2.
+        weight_decay: a constant value. None: not driven.
 
     Returns:
         Four phases.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError, ValueError: an argument is out of range.
 
     Example:
         >>> print(one_cycle_plateau(5e-3, epochs=90, steps_per_epoch=297))
@@ -147,13 +151,13 @@ def one_cycle_plateau(
 
     Source: Gugger and Howard, 2018 (the code of its language models).
     """
-    part = _stretches(steps, epochs, steps_per_epoch)
-    _positive(learning_rate=learning_rate, div=div)
+    duration = _make_duration_fn(steps, epochs, steps_per_epoch)
+    _check_positive(learning_rate=learning_rate, div=div)
     if not 0 < pct < 0.5:
         raise ValueError(f"pct must be in (0, 0.5), got {pct!r}")
     low = learning_rate / div
     high_b1, low_b1 = b1
-    edge, middle = part(pct), part((1 - 2 * pct) / 2)
+    edge, middle = duration(pct), duration((1 - 2 * pct) / 2)
     constant = {"b2": b2, "weight_decay": weight_decay}
     rise = {"learning_rate": (low, learning_rate), "b1": (high_b1, low_b1)}
     fall = {"learning_rate": (learning_rate, low), "b1": (low_b1, high_b1)}
@@ -182,29 +186,29 @@ def one_cycle_torch(
     final_div_factor: float = 1e4,
     three_phase: bool = False,
 ) -> Phases:
-    """`torch.optim.lr_scheduler.OneCycleLR`, equal to it at every step.
+    """The 1cycle of `torch.optim.lr_scheduler.OneCycleLR`, equal at every step.
 
-    Its phases end at pct_start * total_steps - 1 and total_steps - 1, fractions
-    included, so that the last of the total_steps updates has the final rate.
+    The phases end at the fractional steps pct_start * total_steps - 1 and
+    total_steps - 1, so the last of the total_steps updates has the final rate.
 
     Args:
         learning_rate: `max_lr`, the peak.
-        total_steps: updates in the run, >= 2.
+        total_steps: number of updates in the run, >= 2.
         pct_start: share of the rise, in (0, 1).
         anneal_strategy: `"cos"` or `"linear"`.
-        cycle_momentum: drive b1 against the rate. False: b1 is not driven.
+        cycle_momentum: drive b1 in the opposite direction. False: not driven.
         base_momentum: b1 at the peak.
         max_momentum: b1 at both ends.
-        div_factor: peak over the first rate.
-        final_div_factor: first rate over the last.
-        three_phase: a fall that mirrors the rise, then the annealing.
+        div_factor: ratio of the peak to the first rate.
+        final_div_factor: ratio of the first rate to the last.
+        three_phase: mirror the rise, then anneal.
 
     Returns:
-        Two or three phases, under the rule `"torch"`.
+        Two or three phases with `rule="torch"`.
 
     Raises:
-        ValueError: an argument out of range; pct_start * total_steps = 1, for which
-            PyTorch divides by zero; three phases with pct_start > .5.
+        TypeError, ValueError: an argument is out of range; pct_start * total_steps = 1,
+            for which PyTorch divides by zero; three phases with pct_start > .5.
 
     Example:
         >>> phases = one_cycle_torch(1e-2, 97)
@@ -217,7 +221,7 @@ def one_cycle_torch(
     if total_steps < 2 or int(total_steps) != total_steps:
         raise ValueError(f"total_steps must be an integer >= 2, got {total_steps!r}")
     check_choice("anneal_strategy", anneal_strategy, ("cos", "linear"))
-    _positive(
+    _check_positive(
         learning_rate=learning_rate,
         div_factor=div_factor,
         final_div_factor=final_div_factor,
@@ -242,10 +246,11 @@ def one_cycle_torch(
         ramps = (rise, (learning_rate, last, base_momentum, max_momentum))
     if 0.0 in ends:
         raise ValueError(
-            "pct_start * total_steps = 1 leaves the first phase without a length"
+            "pct_start * total_steps must not be 1, which leaves the first phase "
+            f"without a length: got {pct_start!r} * {total_steps!r}"
         )
-    # In a very short run PyTorch's phase can end before step 0: what counts is when
-    # the one behind it began.
+    # In a very short run a phase of PyTorch can end before step 0; then only its end
+    # matters, where the next phase begins.
     phases, previous, begin = [], 0.0, 0.0
     for end, (lr0, lr1, b0, b1) in zip(ends, ramps, strict=True):
         if end < 0:
@@ -274,20 +279,21 @@ def cosine_restarts(
 
     Args:
         learning_rate: at every restart.
-        cycles: how many, >= 1.
-        steps: length of the first cycle in steps.
-        epochs: length of the first cycle in epochs, instead.
-        steps_per_epoch: with epochs.
-        mult: each cycle is this many times as long as the one before.
-        final_learning_rate: what the cosine of each cycle goes to.
-        weight_decay: constant, or one for each cycle. AdamWR normalises it by the
-            length of the cycle: see the example. None: not driven.
+        cycles: the number of cycles, >= 1.
+        steps: length of the first cycle in steps. Set either steps or epochs.
+        epochs: length of the first cycle in epochs.
+        steps_per_epoch: needed with epochs.
+        mult: ratio of the length of a cycle to that of the one before.
+        final_learning_rate: at the end of every cycle.
+        weight_decay: a constant, or one value per cycle. AdamWR normalises it by the
+            length of the cycle, as in the example. None: not driven.
 
     Returns:
-        One phase for each cycle.
+        One phase per cycle.
 
     Raises:
-        ValueError: an argument out of range, or not as many decays as cycles.
+        TypeError, ValueError: an argument is out of range, or the number of decays is
+            not that of the cycles.
 
     Example:
         >>> from adamw_jax import normalized_weight_decay
@@ -303,17 +309,20 @@ def cosine_restarts(
         `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_,
         2019 (AdamWR).
     """
-    part = _stretches(steps, epochs, steps_per_epoch)
-    _positive(learning_rate=learning_rate, cycles=cycles, mult=mult)
+    duration = _make_duration_fn(steps, epochs, steps_per_epoch)
+    _check_positive(learning_rate=learning_rate, cycles=cycles, mult=mult)
     if int(cycles) != cycles:
         raise ValueError(f"cycles must be an integer, got {cycles!r}")
     decays = weight_decay if isinstance(weight_decay, Sequence) else None
     if decays is not None and len(decays) != cycles:
-        raise ValueError(f"{len(decays)} weight decays for {cycles} cycles")
+        raise ValueError(
+            f"weight_decay must have one value for each of the {cycles} cycles, got "
+            f"{len(decays)}"
+        )
     return Phases(
         tuple(
             Phase(
-                **part(mult**i),
+                **duration(mult**i),
                 learning_rate=(learning_rate, final_learning_rate, "cosine"),
                 weight_decay=weight_decay if decays is None else decays[i],
             )
@@ -334,15 +343,15 @@ def range_test(
 
     Args:
         start: the first rate.
-        end: reached behind the last step, as in fastai.
+        end: reached one step after the last, as in fastai.
         steps: length of the test.
-        kind: of the growth.
+        kind: growth of the rate, `"exponential"` or `"linear"`.
 
     Returns:
         One phase.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError, ValueError: an argument is out of range.
 
     Example:
         >>> [f"{range_test().at(k)['learning_rate']:.2e}" for k in (0, 50, 99)]
@@ -350,6 +359,6 @@ def range_test(
 
     Source: Smith, `Cyclical Learning Rates <https://arxiv.org/abs/1506.01186>`_, 2017.
     """
-    _positive(start=start, end=end, steps=steps)
+    _check_positive(start=start, end=end, steps=steps)
     check_choice("kind", kind, ("exponential", "linear"))
     return Phases((Phase(steps=steps, learning_rate=(start, end, kind)),))

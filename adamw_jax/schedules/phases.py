@@ -1,11 +1,11 @@
-"""Phases: one list that drives learning rate, betas and weight decay, as plain data."""
+"""Phases: plain data that drives learning rate, betas and weight decay."""
 
 import dataclasses
 import functools
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ HYPERPARAMS = ("learning_rate", "b1", "b2", "weight_decay")
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of training and what each hyperparameter does in it.
+    """A part of the training and how each hyperparameter changes in it.
 
     Each hyperparameter is a number, or a tuple `(start, end)`, `(start, end, kind)` or
-    `(start, end, "polynomial", power)`. With t the fraction of the phase done:
+    `(start, end, "polynomial", power)`. With t the elapsed fraction of the phase:
 
     =============== =================================================
     `"linear"`      start + (end - start) t; the default of a pair
@@ -34,16 +34,17 @@ class Phase:
     =============== =================================================
 
     Args:
-        steps: duration in steps; fractions are allowed.
-        epochs: duration in epochs, instead of steps.
+        steps: duration in steps, which may be fractional. Set either steps or epochs.
+        epochs: duration in epochs, which may be fractional.
         learning_rate: >= 0.
-        b1: in [0, 1); the momentum of SGD.
+        b1: in [0, 1); for SGD, the momentum.
         b2: in [0, 1).
         weight_decay: >= 0.
 
     Raises:
-        TypeError, ValueError: no duration or two, a duration that is not positive, a
-            value out of range, an unknown kind, a tuple of another form.
+        TypeError, ValueError: neither or both of steps and epochs are set, or not
+            positive; a value is out of range; the kind is unknown; or a tuple has
+            another form.
 
     Example:
         >>> Phase(steps=100, learning_rate=(1e-4, 1e-3, "cosine"), b1=0.9)
@@ -59,18 +60,18 @@ class Phase:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = plain(field.name, getattr(self, field.name))
+            value = to_python(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                "a phase lasts a number of steps or of epochs: "
-                f"got steps={self.steps!r}, epochs={self.epochs!r}"
+                "a phase needs either steps or epochs, got "
+                f"steps={self.steps!r}, epochs={self.epochs!r}"
             )
         unit = "steps" if self.epochs is None else "epochs"
         duration = getattr(self, unit)
         check_scalar(unit, duration)
         if duration == 0:
-            raise ValueError(f"{unit} must be > 0: a phase has a length")
+            raise ValueError(f"{unit} must be > 0, got {duration!r}")
         for name in HYPERPARAMS:
             if getattr(self, name) is not None:
                 _check_ramp(name, getattr(self, name))
@@ -81,14 +82,14 @@ class Phase:
         return f"Phase({text})"
 
 
-def plain(name: str, value: Any) -> Any:
-    """Python numbers and tuples of them: what JSON and repr give back."""
+def to_python(name: str, value: Any) -> Any:
+    """Converts to Python numbers and tuples of them, which JSON and repr preserve."""
     if isinstance(value, list | tuple):
-        return tuple(plain(name, v) for v in value)
+        return tuple(to_python(name, v) for v in value)
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"{name} is a traced value, but phases are plain data: scale a schedule of "
-            "theirs instead, as in lambda t: rate * phases.schedule('learning_rate')(t)"
+            f"{name} is a traced value, but phases are plain data; scale one of their "
+            "schedules instead: lambda t: rate * phases.schedule('learning_rate')(t)"
         )
     return value.item() if isinstance(value, np.generic | jax.Array) else value
 
@@ -102,7 +103,7 @@ def _check_ramp(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be a number or (start, end[, kind[, power]]), got {value!r}"
         )
-    start, end, kind, power = _ramp(value)
+    start, end, kind, power = _make_ramp(value)
     check_scalar(f"{name} (start)", start, below=below)
     check_scalar(f"{name} (end)", end, below=below)
     check_choice(f"{name} (kind)", kind, KINDS)
@@ -110,43 +111,51 @@ def _check_ramp(name: str, value: Any) -> None:
         raise ValueError(f"{name}: only 'polynomial' takes a power, got {value!r}")
     check_scalar(f"{name} (power)", power)
     if kind == "exponential" and (start == 0 or end == 0):
-        raise ValueError(f"{name}: an exponential cannot start or end at 0: {value!r}")
+        raise ValueError(f"{name}: exponential cannot start or end at 0, got {value!r}")
 
 
-def _ramp(value: Any) -> tuple[Any, Any, Any, Any]:
-    """(start, end, kind, power) of what stands in a phase."""
+class Ramp(NamedTuple):
+    """How one hyperparameter changes in one phase."""
+
+    start: float
+    end: float
+    kind: str
+    power: float
+
+
+def _make_ramp(value: Any) -> Ramp:
+    """The ramp of a number or tuple in a phase."""
     if not isinstance(value, tuple):
-        return float(value), float(value), "constant", 1.0
-    start, end, kind, power = value + ("linear", 1.0)[len(value) - 2 :]
-    return start, end, kind, power
+        return Ramp(float(value), float(value), "constant", 1.0)
+    return Ramp(*value, *("linear", 1.0)[len(value) - 2 :])
 
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """A list of phases, read at one step counter.
+    """A list of phases that one step counter drives.
 
-    Steps are counted from 0: the value at step k is that of the (k+1)-th update. After
-    the last phase the end values hold. Give it to an optimizer as `learning_rate`; it
-    then drives all the hyperparameters that it sets. It is plain data: print it,
-    compare it, `to_json`, `plot`.
+    Steps count from 0: the value at step k is that of the (k+1)-th update. After the
+    last phase its end values persist. Pass it to an optimizer as `learning_rate`; it
+    then drives every hyperparameter that it sets. It is plain data, which can be
+    printed, compared, plotted and saved as JSON.
 
-    Two rules say where phases meet, both exact:
+    Two rules define where one phase ends and the next begins:
 
-    * `"fastai"`: a phase begins at a whole step, the first one at or behind the
-      (fractional) sum of the durations before it, and t = k / duration at its k-th
-      step. **Its end value is never used**: the next phase begins there.
-    * `"torch"`: time is continuous; t counts from the fractional boundary, and a step
-      that falls on a boundary has the end value of the phase before it.
+    * `"fastai"`: a phase begins at the first whole step at or after the (fractional)
+      sum of the durations before it, and t = k / duration at its k-th step. **Its end
+      value is never used**: the next phase begins there.
+    * `"torch"`: time is continuous. t counts from the fractional boundary, and a step
+      on a boundary has the end value of the phase before it.
 
     Args:
-        phases: at least one; all set the same hyperparameters.
-        steps_per_epoch: needed when a phase is in epochs; fractions are allowed.
+        phases: at least one; all must set the same hyperparameters.
+        steps_per_epoch: needed if a phase is in epochs; may be fractional.
         rule: `"fastai"` or `"torch"`.
-        begin: the time, in steps, at which the first phase begins; <= 0.
+        begin: where the first phase begins, in steps; <= 0.
 
     Raises:
-        TypeError, ValueError: no phases, phases that do not set the same
-            hyperparameters or set none, epochs without steps_per_epoch.
+        TypeError, ValueError: there are no phases; they set different hyperparameters
+            or none; or epochs come without steps_per_epoch.
 
     Example:
         >>> phases = Phases([
@@ -177,22 +186,24 @@ class Phases:
     def __post_init__(self):
         object.__setattr__(self, "phases", tuple(self.phases))
         for name in ("steps_per_epoch", "begin"):
-            object.__setattr__(self, name, plain(name, getattr(self, name)))
+            object.__setattr__(self, name, to_python(name, getattr(self, name)))
         if not self.phases:
-            raise ValueError("phases must hold at least one Phase")
+            raise ValueError("phases must hold at least one Phase, got none")
         check_choice("rule", self.rule, ("fastai", "torch"))
         if not -math.inf < self.begin <= 0:
             raise ValueError(f"begin must be finite and <= 0, got {self.begin!r}")
         if self.steps_per_epoch is not None:
             check_scalar("steps_per_epoch", self.steps_per_epoch)
             if self.steps_per_epoch == 0:
-                raise ValueError("steps_per_epoch must be > 0")
+                raise ValueError(
+                    f"steps_per_epoch must be > 0, got {self.steps_per_epoch!r}"
+                )
         elif any(phase.epochs is not None for phase in self.phases):
             raise ValueError("phases in epochs need steps_per_epoch")
         for i, phase in enumerate(self.phases):
             if not isinstance(phase, Phase):
                 raise TypeError(f"phases[{i}] must be a Phase, got {phase!r}")
-            if (names := _names(phase)) != self.names:
+            if (names := _hyperparam_names(phase)) != self.names:
                 raise ValueError(
                     f"all phases must set the same hyperparameters: phases[0] sets "
                     f"{self.names}, phases[{i}] {names}"
@@ -201,18 +212,19 @@ class Phases:
             raise ValueError(f"phases must set at least one of {HYPERPARAMS}")
         if self.boundaries[-1] >= 2**31:
             raise ValueError(
-                f"{self.boundaries[-1]:.3g} steps are more than int32 holds"
+                "phases must end before step 2**31, got "
+                f"{self.boundaries[-1]:.3g} steps"
             )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The hyperparameters that the phases set."""
-        return _names(self.phases[0])
+        return _hyperparam_names(self.phases[0])
 
     @functools.cached_property
     def durations(self) -> tuple[float, ...]:
-        """Of each phase, in steps, with fractions."""
-        per_epoch = self.steps_per_epoch or math.nan  # checked where it is needed
+        """The duration of each phase in steps, possibly fractional."""
+        per_epoch = self.steps_per_epoch or math.nan  # is set if a phase is in epochs
         return tuple(
             float(phase.steps)
             if phase.steps is not None
@@ -222,13 +234,15 @@ class Phases:
 
     @functools.cached_property
     def boundaries(self) -> tuple[float, ...]:
-        """Where each phase begins, and where the last one ends, in steps."""
-        lengths = self.durations
-        ends = [self.begin + math.fsum(lengths[: i + 1]) for i in range(len(lengths))]
+        """Where each phase begins and the last one ends, in steps."""
+        durations = self.durations
+        ends = [
+            self.begin + math.fsum(durations[: i + 1]) for i in range(len(durations))
+        ]
         if self.rule == "fastai":
-            # Rounded, so that 7038.000000000001 does not become a step more.
+            # Rounded first, so that 7038.000000000001 does not become 7039.
             *ends, last = [math.ceil(round(end, 6)) for end in ends]
-            # The end of a phase is looked for behind a step: it has one at least.
+            # A phase has at least one step, because fastai looks for its end after one.
             for i, end in enumerate(ends):
                 ends[i] = max(end, ends[i - 1] + 1 if i else 1)
             ends = [min(end, last) for end in ends] + [last]
@@ -236,12 +250,12 @@ class Phases:
 
     @property
     def total_steps(self) -> int:
-        """The number of updates that the phases are made for."""
+        """The number of updates until the last phase ends."""
         return int(self._first_steps[-1])
 
     @functools.cached_property
     def _first_steps(self) -> np.ndarray:
-        """The first whole step of each phase, and the one behind the last phase."""
+        """The first whole step of each phase, and the first one after all phases."""
         boundaries = np.round(self.boundaries, 6)
         if self.rule == "fastai":
             return np.ceil(boundaries).astype(np.int32)
@@ -260,11 +274,11 @@ class Phases:
             name: `"learning_rate"`, `"b1"`, `"b2"` or `"weight_decay"`.
 
         Returns:
-            A function of an int32 scalar or array that runs under `jit`; float64 on
-            the host for a Python number.
+            A function of an int32 scalar or array, which runs under `jit`. For a Python
+            number it computes in float64 on the host.
 
         Raises:
-            ValueError: the phases do not set it.
+            ValueError: the phases do not set this hyperparameter.
 
         Example:
             >>> import jax, jax.numpy as jnp
@@ -276,32 +290,35 @@ class Phases:
         check_choice("name", name, self.names)
 
         def value(step):
-            traced = isinstance(step, jax.Array)
-            return self._value(name, step, jnp if traced else np)
+            return self._value(name, step, jnp if isinstance(step, jax.Array) else np)
 
         return value
 
     def _value(self, name: str, step: Any, xp: Any) -> Any:
-        """Looks the phase up in a table, so that its size does not grow with phases."""
-        ramps = [_ramp(getattr(phase, name)) for phase in self.phases]
-        kinds = [kind for _, _, kind, _ in ramps]
+        """Computes one value per kind of ramp and takes the parameters from tables.
+
+        The size of the program does not grow with the number of phases.
+        """
+        ramps = [_make_ramp(getattr(phase, name)) for phase in self.phases]
+        kinds = [ramp.kind for ramp in ramps]
         begins = np.array(self.boundaries[:-1])
         step = xp.asarray(step)
-        later = self._first_steps[1:-1].reshape((1,) * step.ndim + (-1,))
-        index = (step[..., None] >= later).sum(-1)
+        first_steps = self._first_steps[1:-1].reshape((1,) * step.ndim + (-1,))
+        index = (step[..., None] >= first_steps).sum(-1)
         dtype = float if xp is np else jnp.result_type(float)
 
         def table(values):
             return xp.asarray(np.array(values), dtype)[index]
 
-        # The whole part is subtracted in integers: exact far into a run.
-        whole = xp.asarray(np.floor(begins).astype(np.int32))[index]
-        elapsed = (step - whole).astype(dtype) - table(begins - np.floor(begins))
+        # Whole steps are subtracted as integers, which is exact far into a run.
+        whole_steps = xp.asarray(np.floor(begins).astype(np.int32))[index]
+        elapsed = (step - whole_steps).astype(dtype) - table(begins - np.floor(begins))
         duration = table(self.durations)
         elapsed = xp.clip(elapsed, 0, duration)
-        # Both fractions, since 1 - t loses digits near the end of a long phase.
+        # Both fractions, because 1 - t loses digits near the end of a long phase.
         t, rest = elapsed / duration, (duration - elapsed) / duration
-        start, end = table([ramp[0] for ramp in ramps]), table([r[1] for r in ramps])
+        start = table([ramp.start for ramp in ramps])
+        end = table([ramp.end for ramp in ramps])
         value = start
         for kind in sorted(set(kinds)):
             if kind == "linear":
@@ -310,18 +327,17 @@ class Phases:
                 half = math.pi / 2
                 new = start * xp.sin(half * rest) ** 2 + end * xp.sin(half * t) ** 2
             elif kind == "polynomial":
-                fade = rest ** table([power for *_, power in ramps])
+                fade = rest ** table([ramp.power for ramp in ramps])
                 new = start * fade + end * (1 - fade)
             elif kind == "exponential":
                 logs = [
-                    math.log(end / start) if kind == "exponential" else 0.0
-                    for start, end, kind, _ in ramps
+                    math.log(ramp.end / ramp.start) if ramp.kind == kind else 0.0
+                    for ramp in ramps
                 ]
                 new = start * xp.exp(table(logs) * t)
             else:
                 continue
-            here = xp.asarray([k == kind for k in kinds])[index]
-            value = xp.where(here, new, value)
+            value = xp.where(xp.asarray([k == kind for k in kinds])[index], new, value)
         return value
 
     def to_json(self) -> str:
@@ -335,10 +351,10 @@ class Phases:
 
     @classmethod
     def from_json(cls, text: str) -> "Phases":
-        """Reads what `to_json` wrote; ValueError or TypeError on anything else."""
+        """Reads the text of `to_json`; raises ValueError or TypeError for any other."""
         data = json.loads(text)
         if not isinstance(data, dict) or not isinstance(data.get("phases"), list):
-            raise ValueError(f"not the JSON of phases: {text[:80]!r}")
+            raise ValueError(f"text must be the JSON of phases, got {text[:80]!r}")
         phases = tuple(Phase(**phase) for phase in data.pop("phases"))
         return cls(phases, **data)
 
@@ -346,7 +362,7 @@ class Phases:
         first = self._first_steps
         rows = [("steps", *self.names)]
         for i, phase in enumerate(self.phases):
-            cells = [_show(getattr(phase, name)) for name in self.names]
+            cells = [_format_ramp(getattr(phase, name)) for name in self.names]
             last = first[i + 1] - 1
             steps = f"{first[i]}-{last}" if last >= first[i] else "none"
             rows.append((steps, *cells))
@@ -357,10 +373,10 @@ class Phases:
         )
 
     def plot(self, axes: Any = None) -> Any:
-        """Draws each hyperparameter over the steps (needs matplotlib).
+        """Plots each hyperparameter over the steps (needs matplotlib).
 
         Args:
-            axes: as many matplotlib axes as hyperparameters; None: a new figure.
+            axes: one matplotlib axes per hyperparameter; None: those of a new figure.
 
         Returns:
             The axes.
@@ -382,12 +398,13 @@ class Phases:
         return axes
 
 
-def _names(phase: Phase) -> tuple[str, ...]:
+def _hyperparam_names(phase: Phase) -> tuple[str, ...]:
+    """The hyperparameters that a phase sets."""
     return tuple(name for name in HYPERPARAMS if getattr(phase, name) is not None)
 
 
-def _show(value: Any) -> str:
-    start, end, kind, power = _ramp(value)
+def _format_ramp(value: Any) -> str:
+    start, end, kind, power = _make_ramp(value)
     if kind == "constant":
         return f"{start:g}"
     suffix = f"^{power:g}" if kind == "polynomial" else ""

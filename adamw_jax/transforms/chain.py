@@ -1,4 +1,4 @@
-"""One transformation behind the other."""
+"""Chains of transformations."""
 
 import functools
 
@@ -11,22 +11,22 @@ from ..apply import describe_step
 def chain(*transforms: optax.GradientTransformation) -> Transformation:
     """`optax.chain` that passes on the `step` of its last link.
 
-    The state is that of `optax.chain`, a tuple of the links' states, and so are the
-    updates. :func:`adamw_jax.update_and_apply` computes the links in front by their
-    `update`, and takes the step of the last one. A last but one link that multiplies
-    all gradients by one scalar, :func:`adamw_jax.clip_by_global_norm`, hands that
-    `factor` to the step, so the clipped gradients are never written to memory.
+    State and updates are those of `optax.chain`. :func:`adamw_jax.update_and_apply`
+    calls `update` of all links but the last, then `step` of the last one. If the link
+    before it multiplies all gradients by one scalar, as
+    :func:`adamw_jax.clip_by_global_norm` does, it passes that `factor` to the step, and
+    the clipped gradients are never written to memory.
 
     Args:
         *transforms: the links, in the order in which they act.
 
     Returns:
-        A transformation; additional arguments of `update` reach every link. It has a
-        `step` if its last link has.
+        A transformation that passes extra arguments of `update` on to every link. It
+        has a `step` if its last link has one.
 
     Raises:
-        ValueError: there are no transformations; `step` was given the state of a chain
-            with another number of links.
+        ValueError: there are no transformations, or the state passed to `step` is that
+            of a chain of another length.
 
     Example:
         >>> import jax.numpy as jnp

@@ -14,33 +14,33 @@ from .._tree import compute_dtype, map_leaves, scalar_dtype
 def clip_by_global_norm(
     max_norm: float | jax.Array, *, eps: float = 0.0
 ) -> Transformation:
-    r"""Shrinks the gradients, all by one factor, to a global norm of at most max_norm.
+    r"""Scales all gradients by one factor, to a global norm of at most max_norm.
 
     $$ g \leftarrow g \min\Big(1, \frac{n_{max}}{\lVert g \rVert + \epsilon}\Big) $$
 
-    One read of the gradients for their norm and nothing more: the factor goes into the
-    pass that updates the moments. Behind Optax's, which divides every gradient by the
-    norm, XLA first writes a clipped copy: 60 bytes a parameter for a step of AdamW on a
-    CPU and memory for another gradient, where this needs 44 and none. With
-    :func:`adamw_jax.update_and_apply` in front of :func:`adamw_jax.adamw`: 32.
+    It reads the gradients once, for their norm; the factor then enters the pass that
+    updates the moments. Optax divides every gradient by the norm, so XLA first writes a
+    clipped copy: on a CPU a step of AdamW then moves 60 bytes per float32 parameter and
+    holds a second gradient, where this moves 44 and holds none. In front of
+    :func:`adamw_jax.adamw`, :func:`adamw_jax.update_and_apply` moves 32.
 
     Conventions that bite:
 
-    * NaN in one leaf makes all NaN, and an infinite gradient all others 0, as in Optax
-      and PyTorch; `optax.apply_if_finite` leaves such a step out.
-    * Leaves that are not trained count if they have gradients; put it inside
-      :func:`adamw_jax.freeze`.
+    * A NaN in one leaf makes all leaves NaN, and an infinite gradient makes all others
+      0, as in Optax and PyTorch. `optax.apply_if_finite` skips such a step.
+    * The gradients of frozen leaves count towards the norm, unless this link is inside
+      :func:`adamw_jax.freeze_leaves`.
 
     Args:
-        max_norm: $n_{max} > 0$: a number or a traced scalar. By
-            :func:`adamw_jax.with_hyperparams` also a schedule.
+        max_norm: $n_{max} > 0$: a number or a traced scalar; a schedule through
+            :func:`adamw_jax.with_hyperparams`.
         eps: $\epsilon$; 0 in Optax, 1e-6 in PyTorch's `clip_grad_norm_`.
 
     Returns:
         A transformation whose updates are float32 (float64 for float64 gradients).
 
     Raises:
-        TypeError, ValueError: a max_norm that is not positive, or an eps below 0.
+        TypeError, ValueError: max_norm is not positive, or eps is negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,7 +70,7 @@ def clip_by_global_norm(
         norm = jnp.sqrt(sum(squares, jnp.zeros([], dtype))) + eps
         limit = jnp.asarray(max_norm, dtype)
         map_leaves(lambda _, g: (g,), grads, {}, carried=0)  # refuses integer leaves
-        # NaN is not below anything: it goes on, into every leaf.
+        # Comparisons with NaN are False, so a NaN norm reaches every leaf.
         return jnp.where(norm < limit, 1, limit / norm), state
 
     def update(

@@ -1,4 +1,4 @@
-"""Weight decay: decoupled, as L2 in the gradient, normalised by the run's length."""
+"""Weight decay: decoupled, as an L2 gradient, normalised by the length of the run."""
 
 import math
 
@@ -12,29 +12,29 @@ from .scaling import scheduled
 def add_decayed_weights(
     weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None
 ) -> Transformation:
-    r"""Decoupled weight decay: $u \leftarrow u + \lambda p$, behind the moments.
+    r"""Decoupled weight decay: $u \leftarrow u + \lambda p$, after the moments.
 
-    Put behind `scale_by_adam` and before the learning rate, it makes
-    $p \leftarrow p - \eta_t (u_t + \lambda p)$: **the decay is multiplied by the
-    learning rate**, as in fast.ai, PyTorch and Optax, unlike Loshchilov and Hutter,
-    whose decay is scaled by the schedule multiplier only (`decay_scale="schedule"` of
-    :func:`adamw_jax.adamw`). It is one rounded addition: PyTorch's
-    $p (1 - \eta\lambda)$ rounds p once more per step, with a bias.
+    Between `scale_by_adam` and the learning rate it gives
+    $p \leftarrow p - \eta_t (u_t + \lambda p)$: **the learning rate multiplies the
+    decay**, as in fast.ai, PyTorch and Optax. In Loshchilov and Hutter only the
+    schedule multiplier does (`decay_scale="schedule"` of :func:`adamw_jax.adamw`). The
+    decay is one rounded addition; PyTorch's $p (1 - \eta\lambda)$ rounds p once more
+    per step, with a bias.
 
     Args:
         weight_decay: $\lambda \ge 0$: a number, a traced scalar or a schedule of the
             step.
-        mask: which leaves decay: a tree of bools (or a prefix of one), or a callable
-            from params to such a tree, as :func:`adamw_jax.mask_by_path` and
-            :func:`adamw_jax.no_decay_on_bias_and_norm`. None: all.
+        mask: which leaves decay: a tree of bools, a prefix of one, or a function from
+            params to either, such as :func:`adamw_jax.no_decay_on_bias_and_norm` or the
+            result of :func:`adamw_jax.mask_by_path`. None: all.
 
     Returns:
         A transformation; `update` needs `params`.
 
     Raises:
-        TypeError, ValueError: a negative or NaN decay, a mask of another structure
-            than the parameters (with the path where they differ), `update` without
-            `params`.
+        TypeError, ValueError: weight_decay is negative or not finite; the mask does not
+            match the parameters (the message names the path); or `update` was called
+            without `params`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,22 +59,22 @@ def add_decayed_weights(
 
 
 def add_l2_gradient(l2: ScalarOrSchedule = 0.0, mask: Mask = None) -> Transformation:
-    r"""L2 regularisation: $g \leftarrow g + \lambda p$, in front of the moments.
+    r"""L2 regularisation: $g \leftarrow g + \lambda p$, before the moments.
 
-    The gradient of $\frac\lambda2 \lVert p \rVert^2$ (no factor 2), what PyTorch's
-    `Adam(weight_decay=)` and fastai's `wd_loss=True` do. Adam then divides it by the
-    root of the second moment as well, so weights with large gradients decay less:
-    this is what decoupling removes. For SGD the two are equal up to the schedule.
+    This is the gradient of $\frac\lambda2 \lVert p \rVert^2$, without a factor 2, as in
+    PyTorch's `Adam(weight_decay=)` and fastai's `wd_loss=True`. Adam then divides it by
+    the root of the second moment, too, so weights with large gradients decay less.
+    Decoupled decay avoids that. For SGD the two are equal up to the schedule.
 
     Args:
         l2: $\lambda \ge 0$: a number, a traced scalar or a schedule of the step.
-        mask: as in :func:`add_decayed_weights`.
+        mask: which leaves are regularised, as for :func:`add_decayed_weights`.
 
     Returns:
         A transformation; `update` needs `params`.
 
     Raises:
-        TypeError, ValueError: as :func:`add_decayed_weights`.
+        TypeError, ValueError: as for :func:`add_decayed_weights`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -94,21 +94,21 @@ def normalized_weight_decay(
 ) -> float:
     r"""Loshchilov and Hutter's normalised decay, $\lambda_{norm} \sqrt{b / (B T)}$.
 
-    The decay per step that stays optimal when the length of training changes. It is
-    the decay of `decay_scale="schedule"`, which no learning rate multiplies; divide
-    by the peak learning rate for PyTorch's convention.
+    The decay per step that stays optimal when the length of the training changes. It
+    goes with `decay_scale="schedule"`, where no learning rate multiplies the decay. For
+    PyTorch's convention divide it by the peak learning rate.
 
     Args:
-        norm: $\lambda_{norm}$; the paper's best on CIFAR-10 is .025 to .05.
+        norm: $\lambda_{norm}$; the paper's best on CIFAR-10 are .025 to .05.
         batch_size: b, in examples.
-        num_examples: B, in the training set.
-        epochs: T, of the run, or of the current restart.
+        num_examples: B, the size of the training set.
+        epochs: T, the length of the run or of the current restart.
 
     Returns:
         The weight decay, a float.
 
     Raises:
-        ValueError: a negative norm, or another argument that is not positive.
+        TypeError, ValueError: norm is negative, or another argument is not positive.
 
     Example:
         >>> print(f"{normalized_weight_decay(0.025, 128, 50_000, epochs=100):.3e}")

@@ -1,4 +1,4 @@
-"""Groups of leaves: learning rates of their own, or none at all."""
+"""Groups of leaves with their own learning rates, and frozen leaves."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_scalar, need_params
+from .._checks import check_params, check_scalar
 from .._transformation import Transformation, step_with_factor
 from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
 from ..apply import describe_step
@@ -17,24 +17,24 @@ from ..masks import Mask, resolve_mask
 def scale_by_group(
     multipliers: Mapping[str, Any], labels: Any
 ) -> optax.GradientTransformation:
-    r"""Discriminative learning rates: one multiplier for each labelled group.
+    r"""Discriminative learning rates: one multiplier per labelled group.
 
-    $u \leftarrow k_{label} u$. Put it **behind** the optimizer: there it multiplies
-    the learning rate of the group, and with it the decoupled decay, as PyTorch's
-    parameter groups and fastai's layer groups do. In front of Adam it would do
-    nothing, since Adam divides a constant factor out again.
+    $u \leftarrow k_{label} u$. Put it **after** the optimizer: there it multiplies the
+    learning rate of the group, and with it the decoupled decay, like PyTorch's
+    parameter groups and fastai's layer groups. Before Adam it has no effect, because
+    Adam is invariant to the scale of the gradients.
 
     Args:
         multipliers: from label to a number >= 0 or a traced scalar.
-        labels: a tree of labels (or a prefix), or a function from params to one, as
-            :func:`labels_by_path`.
+        labels: a tree of labels, a prefix of one, or a function from params to either,
+            such as :func:`labels_by_path`.
 
     Returns:
         A transformation.
 
     Raises:
-        ValueError: a negative multiplier; at `init` a leaf whose label has no
-            multiplier, or a multiplier that no leaf uses.
+        ValueError: a multiplier is negative; or, at `init`, a label has no multiplier
+            or a multiplier no leaf.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -61,15 +61,17 @@ def scale_by_group(
         for path, label in jax.tree_util.tree_leaves_with_path(tree):
             if label not in multipliers:
                 raise ValueError(
-                    f"leaf {path_string(path)} has the label {label!r}, but there are "
-                    f"multipliers for {', '.join(multipliers)} only"
+                    f"leaf {path_string(path)} has the label {label!r}, but only "
+                    f"{', '.join(multipliers)} have multipliers"
                 )
         return tree
 
     def init(params):
         used = set(jax.tree.leaves(resolve(params)))
         if used and (unused := set(multipliers) - used):
-            raise ValueError(f"no leaf has the label {', '.join(sorted(unused))}")
+            raise ValueError(
+                f"no leaf has the label {', '.join(sorted(unused))} of multipliers"
+            )
         return optax.EmptyState()
 
     def update(updates, state, params=None):
@@ -85,28 +87,28 @@ def scale_by_group(
 
 
 class FreezeState(NamedTuple):
-    """The state of the inner transformation, which knows the trained leaves only."""
+    """The state of the inner transformation, for the trained leaves only."""
 
     inner_state: optax.OptState
 
 
 def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transformation:
-    """Trains only the leaves that the mask does not select.
+    """Freezes the leaves that the mask selects.
 
-    The inner transformation never sees the frozen leaves: they have no moments, take
-    no part in a global norm, and their parameters do not change by one bit. To
-    unfreeze, build a new optimizer, as fast.ai does between its two stages.
+    The inner transformation never sees the frozen leaves: they have no moments and do
+    not count in a global norm, and their parameters keep every bit. To unfreeze, build
+    a new optimizer, as fast.ai does between its two stages.
 
-    Unlike `optax.freeze(mask)`, which only zeroes updates, and
-    `optax.selective_transform`, this keeps :func:`adamw_jax.update_and_apply` on the
-    fast way: it has a `step` if `inner` has.
+    `optax.freeze(mask)` only zeroes updates. Unlike it and
+    `optax.selective_transform`, this has a `step` if `inner` has one, so
+    :func:`adamw_jax.update_and_apply` keeps its one pass.
 
     Args:
         inner: the optimizer of the other leaves.
-        mask: True where frozen, such as :func:`adamw_jax.mask_by_path`.
+        mask: True for frozen leaves; see :func:`adamw_jax.mask_by_path`.
 
     Returns:
-        A transformation whose updates are zero at the frozen leaves.
+        A transformation whose updates of frozen leaves are zero.
 
     Raises:
         ValueError: the mask does not have the structure of the parameters.
@@ -124,7 +126,7 @@ def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transforma
     inner = optax.with_extra_args_support(inner)
 
     def hide(tree, frozen):
-        # An empty node, as in optax.masked: no transformation sees a leaf there.
+        # Empty nodes, as in optax.masked, are invisible to transformations.
         return jax.tree.map(
             lambda f, x: optax.MaskedNode() if f else x, frozen, tree, is_leaf=is_none
         )
@@ -144,15 +146,15 @@ def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transforma
         def zero(u, new_u):
             if u is None or not isinstance(new_u, optax.MaskedNode):
                 return None if u is None else new_u
-            # -0.0, the neutral element: -0.0 + 0.0 would flip the sign of a zero.
+            # -0.0 is the neutral element: adding 0.0 would flip the sign of -0.0.
             return jnp.full_like(u, -0.0)
 
-        # Up to the leaves of the updates, so that a MaskedNode counts as one.
+        # Mapped over the leaves of the updates, where new may have a MaskedNode.
         new = jax.tree.map(zero, updates, new, is_leaf=is_none)
         return new, FreezeState(inner_state)
 
     def step(grads, state, params, *, factor=None, **extra_args):
-        need_params(params)
+        check_params(params)
         frozen = resolve_mask(mask, params)
         new, inner_state = step_with_factor(
             inner,
@@ -170,5 +172,5 @@ def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transforma
             params = hide(params, resolve_mask(mask, params))
         return describe_step(inner, params)
 
-    can = {"step": step} if hasattr(inner, "step") else {}
-    return Transformation(init, update, describe_step=describe, **can)
+    methods = {"step": step} if hasattr(inner, "step") else {}
+    return Transformation(init, update, describe_step=describe, **methods)

@@ -23,14 +23,14 @@ AmsgradConvention = Literal["torch", "paper", "optax"]
 
 
 def _init_key(mu_dtype: Any, nu_dtype: Any, stochastic_rounding: bool, seed: int):
-    """A key in the state, if there is anything to round."""
+    """The random key of the state, or None if nothing is rounded stochastically."""
     dtypes = [jnp.dtype(dtype) for dtype in (mu_dtype, nu_dtype) if dtype is not None]
     narrow = any(dtype != compute_dtype(dtype) for dtype in dtypes)
     return jax.random.PRNGKey(seed) if stochastic_rounding and narrow else None
 
 
-def _store(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
-    """Casts freshly computed moments of one leaf to the dtypes they are stored in."""
+def _cast_moments(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
+    """Casts the new moments of one leaf to their storage dtypes."""
     stored = []
     for i, (x, dtype) in enumerate(zip(moments, dtypes, strict=True)):
         if key is None or dtype == compute_dtype(dtype):
@@ -43,7 +43,7 @@ def _store(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
 
 
 class ScaleByAdamState(NamedTuple):
-    """Constant betas and full-precision moments leave the last three None."""
+    """The last three are None for constant betas and full-precision moments."""
 
     count: jax.Array  # int32 []: updates done
     mu: optax.Updates  # like params; mu_dtype
@@ -86,46 +86,46 @@ def scale_by_adam(
 
     Conventions that bite:
 
-    * `bias_correction="exact"` divides by the true sum of the weights, also when a
-      beta is scheduled, so that a constant gradient gives a constant update under any
-      schedule. For a constant beta that is `-expm1(t log(beta))`, right to 2e-7 in
-      float32 at every t, where `1 - beta**t` is off by 1e-5 (.999) to 1e-3 (.99999).
-      `"torch"` takes the current beta to the power t, as PyTorch and fastai do: the
-      same for a constant beta, 37 % away at worst in a 1cycle of 20 steps, 1.5 % in
-      one of 1000. `"none"`: c = 1.
+    * `bias_correction="exact"` divides by the true sum of the weights, also for a
+      scheduled beta, so a constant gradient gives a constant update under any schedule.
+      For a constant beta that is `-expm1(t log(beta))`, accurate to 2e-7 in float32 at
+      every t, where `1 - beta**t` is off by 1e-5 (.999) to 1e-3 (.99999). `"torch"`
+      takes the current beta to the power t, as PyTorch and fastai do: equal for a
+      constant beta, up to 37 % off in a 1cycle of 20 steps, 1.5 % in one of 1000.
+      `"none"`: c = 1.
     * `epsilon_hat=True` adds eps to the uncorrected root,
-      $u = \sqrt{c_2}/c_1 \; m / (\sqrt{v + \epsilon_{root}} + \epsilon)$: Keras,
-      TensorFlow, and PyTorch before 1.3, hence the fast.ai article.
-    * With `nesterov`, Dozat's form as in Optax, which is not PyTorch's NAdam.
+      $u = \sqrt{c_2}/c_1 \; m / (\sqrt{v + \epsilon_{root}} + \epsilon)$, as Keras,
+      TensorFlow and PyTorch before 1.3 do, and hence the fast.ai article.
+    * `nesterov` is Dozat's form, as in Optax. It is not PyTorch's NAdam.
 
     Args:
         b1: decay of the first moment, in [0, 1): a number, a traced scalar, or a
             schedule, called with the number of updates done (int32).
-        b2: the same for the second moment.
-        eps: added to the root; dimensionless against the gradients' scale.
+        b2: decay of the second moment, likewise.
+        eps: added to the root of the second moment, in the unit of the gradients.
         eps_root: added under the root; needed to differentiate through the update.
-        mu_dtype: storage of the first moment. None: the parameters' dtype, but at
-            least float32. Arithmetic is in float32 whatever the storage.
+        mu_dtype: storage dtype of the first moment. None: that of the parameters, but
+            at least float32. The arithmetic is in float32 at least.
         nesterov: look one step ahead along the first moment.
-        nu_dtype: storage of the second moment; None as above. A second moment in
-            bfloat16 never decays when rounded to nearest.
+        nu_dtype: storage dtype of the second moment, likewise. A second moment in
+            bfloat16 never decays if it is rounded to nearest.
         bias_correction: `"exact"`, `"torch"` or `"none"`.
-        epsilon_hat: where eps is added.
-        stochastic_rounding: of moments stored in less than float32, with a key in the
-            state; their mean is then right. Without it a constant gradient of 1 ends
-            at a bfloat16 mu of .984 (b1 = .9) or .805 (b1 = .99).
-        seed: of the rounding. `jax.vmap` of `init` gives every member the same key.
+        epsilon_hat: add eps to the uncorrected root.
+        stochastic_rounding: round moments stored below float32 stochastically, with a
+            key in the state, so that they have no bias. Without it, a constant gradient
+            of 1 ends at a bfloat16 mu of .984 (b1 = .9) or .805 (b1 = .99).
+        seed: seed of the rounding. `jax.vmap` of `init` gives all members the same key.
 
     Returns:
         A transformation whose updates are float32 (float64 for float64 gradients),
-        also for bfloat16 gradients, so that links behind it lose nothing. What selects
-        between updates and gradients, as `optax.apply_if_finite` does, needs both in
-        one dtype: cast bfloat16 gradients to float32 in front of it.
+        also for bfloat16 gradients, so that later links lose nothing. A wrapper that
+        selects between updates and gradients, such as `optax.apply_if_finite`, needs
+        both in one dtype: cast bfloat16 gradients to float32 before it.
 
     Raises:
-        TypeError, ValueError: an argument out of range (when called), a parameter
-            that is not floating point (`init`), or gradients that do not match the
-            state (`update`); the message names the argument or the leaf's path.
+        TypeError, ValueError: an argument is out of range; at `init`, a parameter is
+            not floating point; at `update`, the gradients do not match the state. The
+            message names the argument or the path of the leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -137,7 +137,7 @@ def scale_by_adam(
 
     References:
         Kingma and Ba, `Adam: A Method for Stochastic Optimization
-        <https://arxiv.org/abs/1412.6980>`_, 2015; its section 2 has epsilon hat.
+        <https://arxiv.org/abs/1412.6980>`_, 2015; epsilon hat is in its section 2.
         Dozat, `Incorporating Nesterov Momentum into Adam
         <https://openreview.net/pdf?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
     """
@@ -164,7 +164,7 @@ def scale_by_adam(
 
         def leaf(i, g, mu, nu):
             g = g.astype(compute_dtype(g.dtype))
-            # In the leaf's dtype: float64 scalars must not promote float32 leaves.
+            # In the dtype of the leaf, which float64 scalars must not promote.
             (d1, r1, c1, n1), (d2, r2, c2, _) = (
                 [jnp.asarray(x, g.dtype) for x in beta[:4]] for beta in (beta1, beta2)
             )
@@ -175,7 +175,7 @@ def scale_by_adam(
                 u = m_hat * jnp.sqrt(c2) / (jnp.sqrt(v + eps_root) + eps)
             else:
                 u = m_hat / (jnp.sqrt(v / c2 + eps_root) + eps)
-            return (u, *_store((m, v), (mu.dtype, nu.dtype), key, i))
+            return (u, *_cast_moments((m, v), (mu.dtype, nu.dtype), key, i))
 
         updates, mu, nu = map_leaves(
             leaf, updates, {"state.mu": state.mu, "state.nu": state.nu}, carried=2
@@ -189,7 +189,7 @@ def scale_by_adam(
             state.key,
         )
 
-    narrow = _init_key(mu_dtype, nu_dtype, stochastic_rounding, seed) is not None
+    rounds = _init_key(mu_dtype, nu_dtype, stochastic_rounding, seed) is not None
     return Transformation(
         init,
         update,
@@ -197,13 +197,13 @@ def scale_by_adam(
             **{"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root},
             **{"mu_dtype": mu_dtype, "nu_dtype": nu_dtype, "nesterov": nesterov},
             **{"bias_correction": bias_correction, "epsilon_hat": epsilon_hat},
-            "rounds_stochastically": narrow,
+            "rounds_stochastically": rounds,
         },
     )
 
 
 class ScaleByAmsgradState(NamedTuple):
-    """As for Adam, with the maximum of the second moment that the convention keeps."""
+    """The state of Adam with the maximum of the second moment."""
 
     count: jax.Array  # int32 []
     mu: optax.Updates
@@ -232,7 +232,7 @@ def scale_by_amsgrad(
 ) -> optax.GradientTransformation:
     r"""Rescales updates by AMSGrad's rule: Adam with a second moment that never falls.
 
-    With m, v, $c_1$ and $c_2$ as in :func:`scale_by_adam`, the three conventions are
+    With m, v, $c_1$ and $c_2$ as in :func:`scale_by_adam`, there are three conventions:
 
     * torch: $\hat v_t = \max(\hat v_{t-1}, v_t)$,
       $u_t = (m_t/c_1) / (\sqrt{\hat v_t / c_2} + \epsilon)$;
@@ -240,33 +240,36 @@ def scale_by_amsgrad(
     * optax: $\hat v_t = \max(\hat v_{t-1}, v_t / c_2)$,
       $u_t = (m_t/c_1) / (\sqrt{\hat v_t} + \epsilon)$.
 
-    They differ much. Optax's remembers the first estimates, $v_1/c_2 = g_1^2$, for
-    ever: after one gradient ten times too large its steps stay 6 times shorter than
-    PyTorch's 200 steps on. The paper's first step is 3 times as long as PyTorch's.
+    They differ considerably. Optax's never forgets the first estimates,
+    $v_1/c_2 = g_1^2$: after one gradient that is ten times too large, its steps are
+    still 6 times shorter than PyTorch's 200 steps later. The paper's first step is 3
+    times as long as PyTorch's.
 
     Args:
-        b1: see :func:`scale_by_adam`, also for the other arguments not listed.
-        b2: see there.
-        eps: see there.
-        eps_root: see there.
-        mu_dtype: see there.
-        bias_correction_mu: False leaves $c_1 = 1$, as in Optax.
-        bias_correction_nu: False leaves $c_2 = 1$, as in Optax.
-        convention: `"torch"`, `"paper"` or `"optax"`. To have what
-            `optax.scale_by_amsgrad` computes, say `"optax"`.
-        nu_dtype: of `nu`; `nu_max` is kept in it too, rounded to nearest, since a
-            maximum of random roundings would grow.
-        bias_correction: `"exact"`, `"torch"` or `"none"`.
-        epsilon_hat: eps and eps_root are added to the uncorrected second moment; not
-            possible under `"optax"`, which has none.
-        stochastic_rounding: of `mu` and `nu`.
-        seed: of the rounding.
+        b1: decay of the first moment, in [0, 1): a number, a traced scalar or a
+            schedule.
+        b2: decay of the second moment, likewise.
+        eps: added to the root of the second moment.
+        eps_root: added under the root.
+        mu_dtype: storage dtype of the first moment; None: at least float32.
+        bias_correction_mu: False sets $c_1 = 1$, as in Optax.
+        bias_correction_nu: False sets $c_2 = 1$, as in Optax.
+        convention: `"torch"`, `"paper"` or `"optax"`, the numbers of
+            `optax.scale_by_amsgrad`.
+        nu_dtype: storage dtype of `nu` and `nu_max`; None: at least float32. `nu_max`
+            is rounded to nearest, because a maximum of random roundings would grow.
+        bias_correction: `"exact"`, `"torch"` or `"none"`; see :func:`scale_by_adam`.
+        epsilon_hat: add eps and eps_root to the uncorrected second moment. Not defined
+            for `"optax"`, which keeps a corrected one.
+        stochastic_rounding: round `mu` and `nu` stochastically if they are stored below
+            float32.
+        seed: seed of the stochastic rounding.
 
     Returns:
         A transformation whose updates are float32 (float64 for float64 gradients).
 
     Raises:
-        TypeError, ValueError: as :func:`scale_by_adam`.
+        TypeError, ValueError: as for :func:`scale_by_adam`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -289,7 +292,7 @@ def scale_by_amsgrad(
     _check_adam_arguments(b1, b2, eps, eps_root, mu_dtype, nu_dtype, bias_correction)
     check_choice("convention", convention, ("torch", "paper", "optax"))
     if convention == "optax" and epsilon_hat:
-        raise ValueError("epsilon_hat=True is not defined for convention='optax'")
+        raise ValueError("epsilon_hat must be False for convention='optax', got True")
     corrected = bias_correction != "none" and convention != "paper"
     mode_mu = bias_correction if corrected and bias_correction_mu else "none"
     mode_nu = bias_correction if corrected and bias_correction_nu else "none"
@@ -320,14 +323,14 @@ def scale_by_amsgrad(
             m = d1 * mu.astype(g.dtype) + r1 * g
             v = d2 * nu.astype(g.dtype) + r2 * g * g
             candidate = v / c2 if convention == "optax" else v
-            highest = jnp.maximum(nu_max.astype(g.dtype), candidate)
-            v_hat = highest if convention == "optax" else highest / c2
+            maximum = jnp.maximum(nu_max.astype(g.dtype), candidate)
+            v_hat = maximum if convention == "optax" else maximum / c2
             if epsilon_hat:
-                u = m / c1 * jnp.sqrt(c2) / (jnp.sqrt(highest + eps_root) + eps)
+                u = m / c1 * jnp.sqrt(c2) / (jnp.sqrt(maximum + eps_root) + eps)
             else:
                 u = m / c1 / (jnp.sqrt(v_hat + eps_root) + eps)
-            stored = _store((m, v), (mu.dtype, nu.dtype), key, i)
-            return (u, *stored, highest.astype(nu_max.dtype))
+            stored = _cast_moments((m, v), (mu.dtype, nu.dtype), key, i)
+            return (u, *stored, maximum.astype(nu_max.dtype))
 
         states = {
             "state.mu": state.mu,

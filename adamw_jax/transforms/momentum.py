@@ -1,4 +1,4 @@
-"""Momentum, the one moment of SGD."""
+"""Momentum."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from .._tree import (
 
 
 class TraceState(NamedTuple):
-    """The momentum buffer; with a scheduled decay, the step that the schedule is at."""
+    """The momentum buffer and, for a scheduled decay, the step of the schedule."""
 
     trace: optax.Updates  # like params; accumulator_dtype
     step: jax.Array | None = None  # int32 []
@@ -32,24 +32,24 @@ def trace(
 ) -> optax.GradientTransformation:
     r"""Momentum, $b_t = \mu b_{t-1} + g_t$; dampened, $\mu b_{t-1} + (1-\mu) g_t$.
 
-    The update is $b_t$, with `nesterov` $g_t + \mu b_t$ (dampened:
-    $(1-\mu) g_t + \mu b_t$). The dampened form is the moving average in which the
-    article writes SGD: its step does not grow as $1/(1-\mu)$ with the momentum, so a
-    learning rate for one form is not one for the other. The buffer starts at zero in
-    both; PyTorch's `dampening` leaves the first gradient undampened.
+    The update is $b_t$ or, with `nesterov`, $g_t + \mu b_t$ (dampened:
+    $(1-\mu) g_t + \mu b_t$). The dampened form is the article's moving average. Its
+    step does not grow with the momentum as $1/(1-\mu)$, so the two forms need different
+    learning rates. The buffer starts at zero in both; PyTorch's `dampening` does not
+    dampen the first gradient.
 
     Args:
         decay: $\mu$ in [0, 1): a number, a traced scalar or a schedule of the step.
         nesterov: look one step ahead.
-        accumulator_dtype: storage of the buffer; None: the parameters', at least
-            float32.
-        dampened: take the moving average.
+        accumulator_dtype: storage dtype of the buffer. None: that of the parameters,
+            but at least float32.
+        dampened: scale the gradient by $1-\mu$, which makes the buffer an average.
 
     Returns:
         A transformation whose updates are float32 (float64 for float64 gradients).
 
     Raises:
-        TypeError, ValueError: as :func:`scale_by_adam`.
+        TypeError, ValueError: as for :func:`scale_by_adam`.
 
     Example:
         >>> import jax.numpy as jnp

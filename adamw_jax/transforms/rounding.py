@@ -1,4 +1,4 @@
-"""Stochastic rounding: low-precision storage whose mean is right."""
+"""Stochastic rounding: low-precision storage without bias."""
 
 from typing import Any, NamedTuple
 
@@ -6,31 +6,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import need_params
+from .._checks import check_params
 from .._tree import compute_dtype, increment, map_leaves
 
 
 def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    r"""Rounds to one of the two neighbours in `dtype`, in the mean to x itself.
+    r"""Rounds to one of the two neighbours in `dtype`; the expected value is x.
 
     $$ \lfloor x / u + r \rfloor \, u, \qquad r \sim U[0, 1), $$
 
-    with $u$ the spacing of `dtype` at x. Round-to-nearest drops every change smaller
-    than half a spacing (1/512 to 1/256 of the value in bfloat16): an average in which
-    0.1 % of the new value is mixed at each step never moves. Rounded stochastically it
-    moves now and then by a whole spacing, and its mean is the exact average.
+    with $u$ the spacing of `dtype` at x. Rounding to nearest loses every change below
+    half a spacing (in bfloat16 1/512 to 1/256 of the value): an average that takes in
+    0.1 % of the new value at each step never moves. Rounded stochastically it sometimes
+    moves by a whole spacing, and its expected value is the exact average.
 
     Args:
-        x: float32 or float64, any shape.
+        x: float32 or float64, of any shape.
         dtype: a narrower float dtype, such as bfloat16 or float16.
-        bits: uint16 random bits, of the shape of x.
+        bits: uint16 random bits, with the shape of x.
 
     Returns:
-        x in `dtype`; its mean is x to 2^-16 of a spacing. NaN and infinity stay what
-        they are; a value above the largest of `dtype` may become infinite.
+        x in `dtype`; its expected value is x to 2^-16 of a spacing. NaN and infinity
+        are unchanged; a value above the largest of `dtype` may become infinite.
 
     Raises:
-        TypeError: bits of another dtype than uint16.
+        TypeError: bits is not uint16.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -47,16 +47,16 @@ def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
     info = jnp.finfo(dtype)
     _, exponent = jnp.frexp(x)  # |x| in [2^(e-1), 2^e)
     exponent = jnp.maximum(exponent - 1, int(info.minexp)) - int(info.nmant)
-    # A spacing that is subnormal in x's own dtype would be flushed to zero.
+    # XLA would flush a spacing that is subnormal in the dtype of x to zero.
     spacing = jnp.ldexp(jnp.ones_like(x), jnp.maximum(exponent, -126))
     uniform = bits.astype(x.dtype) * 2.0**-16
-    # x / spacing has at most nmant + 1 bits before the point: the sum is exact enough.
+    # Exact enough: x / spacing has at most nmant + 1 bits before the binary point.
     rounded = jnp.floor(x / spacing + uniform) * spacing
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
 
 
 class StochasticRoundingState(NamedTuple):
-    """The step and the key; together they give the random bits of every update."""
+    """The step and the key that determine the random bits of an update."""
 
     count: jax.Array  # int32 []
     key: jax.Array  # uint32 [2]
@@ -65,16 +65,20 @@ class StochasticRoundingState(NamedTuple):
 def round_updates_stochastically(seed: int = 0) -> optax.GradientTransformation:
     r"""Makes `params + updates` a stochastic rounding of the exact sum.
 
-    In bfloat16, $1 - 10^{-3}$ rounds to 1: three hundred such updates are all lost.
-    Put this last in a chain and low-precision parameters move as float32 ones would,
-    in the mean: $u \leftarrow \mathrm{round}(p + u) - p$. Float32 and float64
-    parameters are left alone.
+    In bfloat16 $1 - 10^{-3}$ rounds to 1, so three hundred such updates are all lost.
+    With this transformation as the last link of a chain,
+    $u \leftarrow \mathrm{round}(p + u) - p$, low-precision parameters move on average
+    as float32 parameters would. Updates of float32 and float64 parameters are not
+    changed.
 
-    The updates come out in float32, whatever the dtype of the parameters, so that
+    The updates are float32 whatever the dtype of the parameters, so that
     `optax.apply_updates` and :func:`adamw_jax.apply_updates` add them without loss.
 
     Args:
-        seed: of the random bits.
+        seed: seed of the random bits.
+
+    Returns:
+        A transformation; `update` needs `params`.
 
     Raises:
         ValueError: `update` was called without `params`.
@@ -102,7 +106,7 @@ def round_updates_stochastically(seed: int = 0) -> optax.GradientTransformation:
         )
 
     def update(updates, state, params=None):
-        need_params(params)
+        check_params(params)
         key = jax.random.fold_in(state.key, state.count)
 
         def leaf(i, u, p):

@@ -1,4 +1,4 @@
-"""The learning rate, and what any scheduled scalar does to every leaf."""
+"""The learning rate, and rules with a scheduled scalar."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_scalar, need_params
+from .._checks import check_params, check_scalar
 from .._transformation import Transformation
 from .._tree import ScalarOrSchedule, compute_dtype, increment, map_leaves
 from ..masks import Mask, leaf_flags, resolve_mask
 
 
 class ScheduleState(NamedTuple):
-    """The step of a transformation whose value is a schedule."""
+    """The step at which a schedule is evaluated."""
 
     step: jax.Array  # int32 []
 
@@ -27,10 +27,10 @@ def scheduled(
     needs_params: bool = True,
     arguments: Mapping[str, Any] | None = None,
 ) -> Transformation:
-    """Applies `rule(value, update, parameter)` to every leaf that the mask selects."""
+    """Replaces u by `rule(value, u, parameter)` at every leaf that the mask selects."""
 
     def init(params: Any) -> Any:
-        resolve_mask(mask, params)  # a mask that does not fit is refused here already
+        resolve_mask(mask, params)  # refuses a mask that does not match
         if callable(value):
             return ScheduleState(jnp.zeros([], jnp.int32))
         return optax.EmptyState()
@@ -40,7 +40,7 @@ def scheduled(
     ) -> tuple[Any, Any]:
         del extra_args
         if needs_params:
-            need_params(params)
+            check_params(params)
         current = value(state.step) if callable(value) else value
         selected = None if mask is None else leaf_flags(mask, params, updates)
 
@@ -65,20 +65,20 @@ def scale_by_learning_rate(
 ) -> Transformation:
     r"""$u \leftarrow -\eta_t u$: the last link of a chain that descends.
 
-    As Optax's; its scalar takes the dtype of each leaf, so that a float64 schedule
-    does not promote float32 updates.
+    Unlike Optax's, its scalar takes the dtype of each leaf, so a float64 schedule does
+    not promote float32 updates.
 
     Args:
         learning_rate: $\eta \ge 0$: a number, a traced scalar or a schedule of the
             step.
-        flip_sign: False keeps the sign. To maximise with a decay that still shrinks,
-            use `maximize=True` of the optimizers instead.
+        flip_sign: False multiplies by $+\eta_t$. To maximise with a decay that still
+            shrinks, use `maximize=True` of the optimizers instead.
 
     Returns:
         A transformation.
 
     Raises:
-        TypeError, ValueError: a negative, NaN or infinite rate.
+        TypeError, ValueError: learning_rate is negative or not finite.
 
     Example:
         >>> import jax.numpy as jnp

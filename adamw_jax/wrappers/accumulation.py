@@ -1,4 +1,4 @@
-"""Gradient accumulation: the optimizer runs when a window is full, and only then."""
+"""Gradient accumulation: the optimizer runs once per window of micro-batches."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ from ..apply import describe_step, update_and_apply
 
 
 class AccumulateState(NamedTuple):
-    """A window's sums; what a closed window left in them is never read again."""
+    """The sums of the current window. A new window overwrites those of the last one."""
 
     micro_step: jax.Array  # int32 []: micro-batches of the window so far
     step: jax.Array  # int32 []: updates of the inner transformation
-    skipped: jax.Array  # int32 []: micro-batches left out for NaN or infinity, ever
-    updated: jax.Array  # bool []: the last call ran the inner transformation
-    weight: jax.Array  # float32 []: sum of the window's weights (float64 with float64)
-    grads: optax.Updates  # like params, at least float32: the window's weighted sum
+    skipped: jax.Array  # int32 []: micro-batches skipped for NaN or infinity so far
+    updated: jax.Array  # bool []: whether the last call ran the inner transformation
+    weight: jax.Array  # float32 [] (float64 with float64): sum of the weights
+    grads: optax.Updates  # like params, at least float32: weighted sum of the gradients
     inner_state: optax.OptState
 
 
@@ -39,54 +39,55 @@ def accumulate_gradients(
     *,
     skip_nonfinite: bool = False,
 ) -> Transformation:
-    r"""Gives the inner transformation the mean gradient of k micro-batches.
+    r"""Passes the mean gradient of k micro-batches to the inner transformation.
 
     $$ \bar g = \sum_{i=1}^k w_i g_i \Big/ \sum_{i=1}^k w_i, \qquad w_i = 1 $$
 
-    With $g_i$ the gradient of a mean over $w_i$ examples that is the gradient of the
-    mean over all of them: one step on the large batch.
+    If $g_i$ is the gradient of a mean over $w_i$ examples, $\bar g$ is the gradient of
+    the mean over all of them: one step on the large batch.
 
-    An update that closes no window adds the gradient to a sum, and returns updates of
-    -0.0. The inner transformation is not computed then (`lax.cond`), so its step
-    counts, schedules and phases count windows. To save the passes over the parameters
-    as well that make and add those zeros, use :func:`update_and_apply`.
+    A micro-batch that does not close its window adds its gradient to a sum, and its
+    updates are -0.0. `lax.cond` skips the inner transformation, so its step counts,
+    schedules and phases count windows. :func:`update_and_apply` also saves the passes
+    over the parameters that write and add those zeros.
 
     Conventions that bite:
 
     * The sum, the mean and the updates are float32 (float64 for float64 parameters),
-      whatever the gradients' dtype.
-    * A window's first gradient replaces the sum. NaN in a micro-batch makes its
-      window's mean NaN, which is what `inner` gets (`optax.apply_if_finite` goes
-      inside), and no other. `skip_nonfinite` leaves the micro-batch out of the mean
-      instead, all leaves of it, at the cost of one more read of the gradients. It
-      counts as one of the k; if nothing is left, `inner` does not run.
-    * What clips is in front for each micro-batch, and inside for their mean.
+      whatever the dtype of the gradients.
+    * The first gradient of a window replaces the sum, so a NaN reaches the mean of its
+      own window and no other. Put `optax.apply_if_finite` inside to skip such windows.
+      `skip_nonfinite` skips the micro-batch instead, with all its leaves, at the cost
+      of one more read of the gradients. It still counts as one of the k; if the whole
+      window is skipped, `inner` does not run.
+    * Clipping in front acts on each micro-batch, clipping inside on the mean.
     * Which leaves have a None gradient may change between windows, not within one.
 
-    `update` takes two more arguments, by keyword; all others reach `inner`:
+    `update` takes two more keyword arguments and passes all others to `inner`:
 
-    * `weight`, $w_i \ge 0$, 1 by default: examples or tokens of the micro-batch. One
-      of weight 0 is left out, even if its gradient is 0 / 0.
-    * `last`, a bool: close the window with this micro-batch, at the end of training or
-      of an epoch. Where the last one is over already, flush with gradients of zeros,
-      `weight=0` and `last=True`; that does nothing if no window is open.
+    * `weight`, $w_i \ge 0$, 1 by default: the number of examples or tokens in the
+      micro-batch. One of weight 0 is ignored, even if its gradient is 0 / 0.
+    * `last`, a bool: closes the window with this micro-batch, at the end of an epoch or
+      of the training. To close it after the last micro-batch, pass gradients of zero
+      with `weight=0` and `last=True`; without an open window this does nothing.
 
     Args:
         inner: the optimizer.
-        every_k: micro-batches in a window: an int >= 1, or a schedule that is called
-            with the number of inner updates done (int32) and returns an integer; less
-            than 1 counts as 1. Read at each micro-batch.
-        use_grad_mean: False gives `inner` the sum, $\sum w_i g_i$.
-        skip_nonfinite: leave out micro-batches with NaN or infinity; `skipped` in the
-            state counts them.
+        every_k: the number of micro-batches in a window, an int >= 1; or a schedule
+            from the number of inner updates done (int32) to an integer, where less than
+            1 counts as 1. It is evaluated at every micro-batch.
+        use_grad_mean: False passes the sum, $\sum w_i g_i$, to `inner`.
+        skip_nonfinite: skip micro-batches with NaN or infinity; `skipped` in the state
+            counts them.
 
     Returns:
-        A transformation, as chainable as any. Under `jax.vmap` both sides of a
-        `lax.cond` are computed and nothing is saved.
+        A transformation with a `step`. Under `jax.vmap` both branches of `lax.cond` are
+        computed, so nothing is saved.
 
     Raises:
-        TypeError, ValueError: `every_k` is neither of those, or less than 1; a weight
-            that is negative (unless traced); at `init`, a parameter that is no float.
+        TypeError, ValueError: every_k is not an integer >= 1 or a schedule of integers;
+            a weight that is not traced is negative; at `init`, a parameter is not
+            floating point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -115,7 +116,7 @@ def accumulate_gradients(
         )
 
     def add_to_window(grads, state, params, run, wait, weight, last):
-        """Adds a micro-batch, then runs the inner transformation if it is the last."""
+        """Adds a micro-batch to the sums, then takes the branch `run` or `wait`."""
         check_scalar("weight", weight)
         weight = jnp.asarray(weight, state.weight.dtype)
         finite = _all_finite(grads) if skip_nonfinite else jnp.asarray(True)
@@ -123,22 +124,23 @@ def accumulate_gradients(
         opens = state.micro_step == 0
         total = jnp.where(opens, 0.0, state.weight) + jnp.where(counts, weight, 0.0)
 
-        # Not ==: a schedule may shrink the window below the micro-batches in it.
+        # Not ==: a schedule may shrink the window below the number it already holds.
         k = jnp.asarray(window(state.step), jnp.int32)
         closes = (state.micro_step + 1 >= k) | jnp.asarray(last, bool)
         runs = closes & (total > 0)
-        # The mean is made with the last sum, where it costs no pass of its own.
+        # Dividing in the pass of the last sum costs no pass of its own.
         divides = runs if use_grad_mean else jnp.asarray(False)
         divisor = jnp.where(divides, 1 / total, 1.0)
 
-        def add(_, g, before):
-            # Selected, not multiplied: 0 * NaN is NaN. And -0.0 + g is g, to the bit.
-            before = jnp.where(opens, -0.0, before)
-            after = before + weight.astype(before.dtype) * g.astype(before.dtype)
-            after = jnp.where(counts, after, before) * divisor.astype(before.dtype)
-            return after, after
+        def add(_, g, old_sum):
+            # Selected, not multiplied: 0 * NaN is NaN. And -0.0 + g is g, bit for bit.
+            old_sum = jnp.where(opens, -0.0, old_sum)
+            new_sum = old_sum + weight.astype(old_sum.dtype) * g.astype(old_sum.dtype)
+            new_sum = jnp.where(counts, new_sum, old_sum)
+            new_sum = new_sum * divisor.astype(old_sum.dtype)
+            return new_sum, new_sum
 
-        # Outside of the cond: inside, XLA copies the sums to either branch and back.
+        # Not inside lax.cond: XLA would copy the sums into it and out of it.
         mean, sums = map_leaves(add, grads, {"state.grads": state.grads}, carried=1)
         out, inner_state = jax.lax.cond(
             runs, run, wait, mean, state.inner_state, params
@@ -158,13 +160,13 @@ def accumulate_gradients(
     ) -> tuple[Any, AccumulateState]:
         def run(mean, inner_state, params):
             new, new_state = inner.update(mean, inner_state, params, **extra_args)
-            # The types of the other branch: Optax's Adam makes bfloat16 moments float32
+            # The dtypes of the other branch: Optax's Adam widens bfloat16 moments.
             new = jax.tree.map(_cast_like, new, mean)
             return new, jax.tree.map(_cast_like, new_state, inner_state)
 
         def wait(mean, inner_state, params):
             del params
-            # -0.0, the neutral element: -0.0 + 0.0 would flip the sign of a zero.
+            # -0.0 is the neutral element: adding 0.0 would flip the sign of -0.0.
             return jax.tree.map(lambda x: jnp.full_like(x, -0.0), mean), inner_state
 
         return add_to_window(updates, state, params, run, wait, weight, last)
@@ -186,25 +188,27 @@ def accumulate_gradients(
         return add_to_window(grads, state, params, run, wait, weight, last)
 
     def describe(params):
-        return f"where a window closes: {describe_step(inner, params)}; else nothing"
+        way = describe_step(inner, params)
+        return f"at the end of a window: {way}; before, only a sum"
 
     return Transformation(init, update, step=step, describe_step=describe)
 
 
 def has_updated(state: optax.OptState) -> jax.Array:
-    """Whether the last call of `update` closed a window and ran the optimizer.
+    """Whether the last call of `update` ran the inner transformation.
 
-    For what happens once a step, such as an average of the parameters. Works inside
-    `jit`, and on any state that contains that of :func:`accumulate_gradients`.
+    Use it for work that is done once per window, such as averaging the parameters.
+    Works inside `jit`, and on any state that contains one of
+    :func:`accumulate_gradients`.
 
     Args:
         state: an optimizer state.
 
     Returns:
-        bool []; False in a new state.
+        A bool scalar; False in a new state.
 
     Raises:
-        ValueError: the state is not that of one accumulation.
+        ValueError: the state contains no accumulation, or several.
 
     Example:
         >>> import jax.numpy as jnp
@@ -216,13 +220,15 @@ def has_updated(state: optax.OptState) -> jax.Array:
     """
     found = find_states(state, AccumulateState)
     if len(found) != 1:
-        raise ValueError(f"the state is that of {len(found)} accumulations, not 1")
-    # Out of the Variable of nnx.Optimizer, if it holds the state.
+        raise ValueError(
+            f"the state must contain one AccumulateState, got {len(found)}"
+        )
+    # Unwraps the Variable in which nnx.Optimizer keeps a state.
     return jax.tree.leaves(found[0].updated)[0]
 
 
 def _window(every_k: Any) -> Callable[[jax.Array], Any]:
-    """The schedule of the window's length, checked at step 0."""
+    """The length of the window as a schedule, checked at step 0."""
     schedule = every_k if callable(every_k) else lambda step: every_k
     with jax.ensure_compile_time_eval():
         first = schedule(jnp.zeros([], jnp.int32))
@@ -238,8 +244,8 @@ def _window(every_k: Any) -> Callable[[jax.Array], Any]:
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    # One pass, where isfinite makes an array of bools: 0 * NaN and 0 * inf are NaN, and
-    # a sum keeps it. A maximum does not: XLA's on a CPU drops NaN in larger arrays.
+    # 0 * NaN and 0 * inf are NaN, and so is their sum: one pass, without the array of
+    # bools of isfinite. XLA's maximum on a CPU drops NaN in larger arrays.
     finite = jnp.asarray(True)
     for leaf in jax.tree.leaves(tree):
         finite &= (leaf * 0).sum() == 0

@@ -1,4 +1,4 @@
-"""Moments in eight bits: blocks of codes with a scale, around any optimizer."""
+"""Eight-bit moments for any optimizer, quantized in blocks with a common scale."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,14 @@ from .._tree import compute_dtype, increment
 
 
 class Blocks(NamedTuple):
-    """An array in eight bits. Both parts are sharded alike: their axes are the same."""
+    """An array in eight bits; both fields have its axes, and so its sharding."""
 
-    codes: jax.Array  # int8, or uint8 if nothing is negative; of the array's shape
-    scale: jax.Array  # largest magnitude of each block; shape: blocks along each axis
+    codes: jax.Array  # int8, or uint8 for non-negative values; the shape of the array
+    scale: jax.Array  # largest magnitude per block; shape: number of blocks per axis
 
 
 def _blocks_along(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
-    """How often each axis is cut: blocks fill the last axis first, and then others."""
+    """The number of blocks along each axis. Blocks fill the last axis first."""
     counts: list[int] = []
     for n in reversed(shape):
         counts.append(-(-n // block_size))
@@ -28,21 +28,21 @@ def _blocks_along(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
     return tuple(reversed(counts))
 
 
-def _cut(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
-    """Splits every axis into (blocks, values in a block), filled up with zeros."""
+def _split_blocks(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
+    """Splits every axis into (blocks, values per block), padded with zeros."""
     sizes = [-(-n // count) for n, count in zip(x.shape, counts, strict=True)]
-    both = list(zip(counts, sizes, strict=True))
-    missing = [c * size - n for n, (c, size) in zip(x.shape, both, strict=True)]
-    if any(missing):
-        x = jnp.pad(x, [(0, m) for m in missing])
-    return x.reshape([n for pair in both for n in pair])
+    pairs = list(zip(counts, sizes, strict=True))
+    padding = [c * size - n for n, (c, size) in zip(x.shape, pairs, strict=True)]
+    if any(padding):
+        x = jnp.pad(x, [(0, n) for n in padding])
+    return x.reshape([n for pair in pairs for n in pair])
 
 
-def _join(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The inverse of `_cut`; `like` is what was cut."""
+def _join_blocks(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `_split_blocks`, with the shape and sharding of `like`."""
     shape = [math.prod(x.shape[i : i + 2]) for i in range(0, x.ndim, 2)]
     sharding = jax.typeof(like).sharding
-    # On a mesh with explicit axes JAX asks where the joined ones are to be.
+    # On a mesh with explicit axes, a reshape needs the sharding of its result.
     x = jnp.reshape(
         x, shape, out_sharding=sharding if sharding.mesh.explicit_axes else None
     )
@@ -50,11 +50,12 @@ def _join(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _inner_axes(x: jax.Array) -> tuple[int, ...]:
+    """The axes of the values within a block."""
     return tuple(range(1, x.ndim, 2))
 
 
 def _value(code: jax.Array, dtype: Any) -> jax.Array:
-    """(c / 127)^4, or (c / 255)^8 of unsigned codes."""
+    """The magnitude of a code: (c / 127)^4, or (c / 255)^8 for unsigned codes."""
     value = jnp.square(jnp.square(code * (1 / jnp.iinfo(dtype).max)))
     return jnp.square(value) if dtype == jnp.uint8 else value
 
@@ -66,41 +67,43 @@ def quantize_blockwise(
     block_size: int = 256,
     bits: jax.Array | None = None,
 ) -> Blocks:
-    r"""Stores an array in eight bits per value and one scale per block.
+    r"""Quantizes an array to eight bits per value and one scale per block.
 
     $$ x \approx s \, \mathrm{sign}(c) \left(\frac{|c|}{127}\right)^4
        \quad\text{(int8)}, \qquad
        x \approx s \left(\frac{c}{255}\right)^8 \quad\text{(uint8)}, \qquad
        s = \max_{block} |x| $$
 
-    The fourth power, for a second moment that of its root, is a smooth form of the
-    dynamic tree of Dettmers et al., in which a decade has half as many codes as the one
-    above. It needs no table and no search, only square roots. The error that it makes
-    in Adam's update is smaller for `mu` and about as large for `nu`; far smaller where
-    the values of a block differ by orders of magnitude, since it reaches down to 4e-9
-    and 6e-20 of the largest one instead of 5e-7 and 3e-7.
+    `mu` and the root of `nu` are fourth powers of their codes: a smooth form of the
+    dynamic tree of Dettmers et al., in which each decade has half as many codes as the
+    one above. It needs no table and no search, only square roots. Compared with theirs,
+    its error in Adam's update is smaller for `mu` and about as large for `nu`. It is
+    far smaller where the values of a block differ by orders of magnitude, because the
+    codes reach down to 4e-9 (int8) and 6e-20 (uint8) of the largest value, instead of
+    5e-7 and 3e-7.
 
     Conventions that bite:
 
-    * A block lies along the last axis, and goes on along the one before where that is
-      shorter than a block. It never crosses the end of a row, and as long as its size
-      divides what a device holds of an axis, no device needs another one's values.
-    * Under uint8 what is positive never becomes zero, which would be divided by.
-    * One NaN or infinity, and no value of its block is finite. -0 becomes 0.
+    * A block runs along the last axis and, if that axis is shorter than a block,
+      continues along the one before. It never crosses the end of a row. As long as the
+      block size divides the part of an axis that a device holds, no device needs values
+      of another.
+    * In uint8, positive values never round to zero, because Adam divides by them.
+    * One NaN or infinity makes all values of its block non-finite. -0 becomes 0.
 
     Args:
         x: float32 or float64, of any shape.
-        dtype: int8, or uint8 where no value is negative.
-        block_size: the most values in a block.
-        bits: uint16 random bits, of the shape of x: a value becomes one of the two
-            codes next to it, in the mean itself. None: the nearer one.
+        dtype: int8, or uint8 for non-negative values.
+        block_size: the largest number of values in a block.
+        bits: uint16 random bits, with the shape of x, for stochastic rounding between
+            the two neighbouring codes. None: round to the nearer one.
 
     Returns:
-        The blocks. Quantizing what comes back from them again gives the same codes.
+        The blocks. Quantizing their dequantized values again gives the same codes.
 
     Raises:
-        TypeError: other dtypes than these, bits that are not uint16.
-        ValueError: a block size below 1.
+        TypeError: x, dtype or bits has another dtype.
+        ValueError: block_size is less than 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -125,12 +128,12 @@ def quantize_blockwise(
 
 
 def _quantize(x: Any, dtype: Any, counts: tuple[int, ...], bits: Any) -> Blocks:
-    whole, x = x, _cut(x, counts)
+    original, x = x, _split_blocks(x, counts)
     magnitude = jnp.abs(x)
     scale = magnitude.max(_inner_axes(x), keepdims=True)
-    # XLA's maximum drops NaN on a CPU, in arrays of some size; a sum keeps it.
+    # XLA's maximum on a CPU drops NaN in larger arrays; a sum keeps it.
     scale = scale + (magnitude * 0).sum(_inner_axes(x), keepdims=True)
-    # XLA multiplies by the reciprocal, which is zero for the largest numbers.
+    # XLA divides by multiplying with the reciprocal, 0 for the largest numbers.
     factor = jnp.where(scale > 2.0**100, 2.0**-100, jnp.ones_like(scale))
     y = magnitude * factor / jnp.where(scale > 0, scale * factor, 1)
     root = jnp.sqrt(jnp.sqrt(y))
@@ -139,38 +142,37 @@ def _quantize(x: Any, dtype: Any, counts: tuple[int, ...], bits: Any) -> Blocks:
     low, high = _value(below, dtype), _value(below + 1, dtype)
     threshold = 0.5
     if bits is not None:
-        # Never 0 or 1, so that rounding errors do not move what is a code already.
-        threshold = (_cut(bits, counts).astype(x.dtype) + 0.5) * 2.0**-16
+        # Never 0 or 1, so that rounding errors do not move values that are codes.
+        threshold = (_split_blocks(bits, counts).astype(x.dtype) + 0.5) * 2.0**-16
     code = below + (y - low > threshold * (high - low)).astype(x.dtype)
     if dtype == jnp.uint8:
         code = jnp.maximum(code, (magnitude > 0).astype(x.dtype))
     else:
         code = jnp.where(x < 0, -code, code)
-    return Blocks(_join(code.astype(dtype), whole), scale.reshape(counts))
+    return Blocks(_join_blocks(code.astype(dtype), original), scale.reshape(counts))
 
 
 def dequantize_blockwise(blocks: Blocks) -> jax.Array:
-    """The values of :func:`quantize_blockwise`, in the dtype of the scale.
+    """Computes the values of :func:`quantize_blockwise`, in the dtype of the scale.
 
     Args:
-        blocks: what it returned.
+        blocks: the result of :func:`quantize_blockwise`.
 
     Returns:
-        An array of the shape of the codes.
+        An array with the shape of the codes.
     """
     codes, scale = blocks
-    code = _cut(codes, scale.shape).astype(scale.dtype)
+    code = _split_blocks(codes, scale.shape).astype(scale.dtype)
     value = jnp.sign(code) * _value(code, codes.dtype)
-    return _join(value * jnp.expand_dims(scale, _inner_axes(code)), codes)
+    return _join_blocks(value * jnp.expand_dims(scale, _inner_axes(code)), codes)
 
 
-# What is quantized: the fields of these names in the states of Adam and its relatives,
-# here and in Optax.
+# The quantized fields of the states of Adam and its relatives, here and in Optax.
 MOMENTS = {"mu": jnp.int8, "trace": jnp.int8, "nu": jnp.uint8, "nu_max": jnp.uint8}
 
 
 class QuantizedMomentsState(NamedTuple):
-    """The inner state with `Blocks` in place of its large moments."""
+    """The inner state, with :class:`Blocks` in place of its large moments."""
 
     inner_state: optax.OptState
     count: jax.Array | None = None  # int32 []: updates done; None without a key
@@ -185,38 +187,39 @@ def quantize_moments(
     stochastic_rounding: bool = True,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the moments of any optimizer in eight bits: 2 bytes a parameter, not 8.
+    """Keeps the moments of any optimizer in eight bits: 2 bytes per parameter, not 8.
 
-    At every update the moments are decoded, updated in float32 by the rule of `inner`,
-    and encoded again. Put it around a whole optimizer or around a link of a chain;
-    masks, phases and hyperparameters in the state stay what they are. Quantized are the
-    fields `mu`, `nu`, `nu_max` and `trace` of the states inside; moments that are
-    stored in less than float32 already (`mu_dtype`) are left alone.
+    At every update the moments are dequantized, updated in float32 by the rule of
+    `inner`, and quantized again. It wraps a whole optimizer or one link of a chain, and
+    masks, phases and hyperparameters in the state work as before. It quantizes the
+    fields `mu`, `nu`, `nu_max` and `trace` of the inner states, except moments that are
+    already stored below float32 (`mu_dtype`).
 
-    That is what is kept between updates. Within one, XLA makes float32 moments of the
-    parameters that it is at work on: on a CPU, which does all at once, of all of them.
+    The saving is in the memory between updates. During one, XLA holds float32 moments
+    of the parameters that it is computing; on a CPU, of all parameters at once.
 
-    How the values are stored is said at :func:`quantize_blockwise`. The maximum of
-    AMSGrad is rounded to the nearest code, since one of random roundings would grow.
+    The code is described at :func:`quantize_blockwise`. The maximum of AMSGrad is
+    rounded to nearest, because a maximum of random roundings would grow.
 
     Args:
-        inner: an optimizer or transformation, of this package or of Optax.
-        block_size: the most values that share a scale; 2 + 8 / block_size bytes are
-            kept per parameter.
-        min_size: parameters with fewer values keep their moments as they are.
-        stochastic_rounding: with a key in the state; the mean of the moments is then
-            right. Rounded to nearest, a second moment that is to decay by .1 % does
-            not move between codes 3 % apart; only the scale of its block does.
-        seed: of the rounding. `jax.vmap` of `init` gives every member the same key.
+        inner: an optimizer or transformation of this package or of Optax.
+        block_size: the largest number of values that share a scale. The state takes 2 +
+            8 / block_size bytes per parameter.
+        min_size: parameters with fewer values keep float32 moments.
+        stochastic_rounding: round the moments stochastically, with a key in the state,
+            so that they have no bias. Rounded to nearest, a second moment that should
+            decay by .1 % per step does not move between codes 3 % apart; only the scale
+            of its block does.
+        seed: seed of the rounding. `jax.vmap` of `init` gives all members the same key.
 
     Returns:
-        A transformation; additional arguments of `update` reach the inner one. Sizes
-        matter to `init` only: a restored state goes on with its own. `init` makes the
-        moments in float32 first: call it in `jit` for a large model.
+        A transformation that passes extra arguments of `update` on to the inner one.
+        Only `init` uses the sizes; a restored state keeps its own. `init` first makes
+        the moments in float32: call it under `jit` for a large model.
 
     Raises:
-        TypeError, ValueError: sizes below 1 (when called), an inner state without any
-            such field (`init`).
+        ValueError: block_size or min_size is less than 1; or, at `init`, the state of
+            `inner` has none of these fields.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -248,7 +251,7 @@ def quantize_moments(
         state = inner.init(params)
         if not any(_fields_with_moments(state)):
             raise ValueError(
-                f"there is nothing to quantize: the state of inner has no field "
+                f"there is nothing to quantize: the state of inner must have a field "
                 f"{', '.join(MOMENTS)}, got {type(state).__name__}"
             )
         state = jax.tree_util.tree_map_with_path(store, state)
@@ -263,20 +266,20 @@ def quantize_moments(
     ) -> tuple[Any, Any]:
         inner_state, count, key = state
         if key is not None:
-            now = jax.random.fold_in(key, count)
+            step_key = jax.random.fold_in(key, count)
             count = increment(count)
-        places: dict[tuple, int] = {}  # the number of each parameter
+        numbers: dict[tuple, int] = {}  # of the parameters, by path
 
         def store(path, old, new):
-            """As the old value was stored."""
+            """Stores the new value as the old one was stored."""
             if not _is_blocks(old):
                 return new
             old, bits, name = _as_blocks(old), None, _moment(path)
             if key is not None and name != "nu_max":
-                # One draw of 32 bits for both moments of a parameter.
-                place = tuple(k for k in path if k != jax.tree_util.GetAttrKey(name))
-                number = places.setdefault(place, len(places))
-                bits = _random_bits(jax.random.fold_in(now, number), new.shape)
+                # One draw of 32 bits serves both moments of a parameter.
+                owner = tuple(k for k in path if k != jax.tree_util.GetAttrKey(name))
+                number = numbers.setdefault(owner, len(numbers))
+                bits = _random_bits(jax.random.fold_in(step_key, number), new.shape)
                 bits = (bits >> (16 if name == "nu" else 0)).astype(jnp.uint16)
             return _quantize(new, old.codes.dtype, old.scale.shape, bits)
 
@@ -317,7 +320,7 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _is_blocks(x: Any) -> bool:
-    """Also what nnx.Optimizer makes of them: a mapping from the names of the fields."""
+    """Whether x is a `Blocks`, also as the mapping that nnx.Optimizer makes of it."""
     if isinstance(x, Mapping) and set(x) == set(Blocks._fields):
         codes = x["codes"]
         return getattr(codes, "dtype", None) in (jnp.int8, jnp.uint8)
@@ -336,7 +339,7 @@ def _decode(state: Any) -> Any:
 
 
 def _moment(path: tuple) -> str | None:
-    """The field of a state that a leaf belongs to, if it is a moment."""
+    """The field of the state that a leaf is in, if that is a moment."""
     names = (k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey))
     return next((name for name in names if name in MOMENTS), None)
 

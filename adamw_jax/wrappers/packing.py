@@ -10,12 +10,12 @@ import optax
 
 from .._tree import broadcast, describe_mismatch, path_string
 
-# Buffer sizes are multiples of it, so buffers can be sharded over 2, 4, 8, ... devices.
+# Buffer sizes are multiples of it, so that 2, 4, 8, ... devices can share a buffer.
 _MULTIPLE = 1024
 
 
 class _Layout:
-    """Which leaf is where: the static part of a :class:`Packed`."""
+    """The static part of a :class:`Packed`: which leaf is in which buffer."""
 
     def __init__(self, treedef: Any, paths: tuple, structs: tuple, names: tuple):
         self.treedef = treedef
@@ -42,7 +42,7 @@ class _Layout:
         )
 
 
-# Equal layouts are one object, also if gradients are packed on their own.
+# Equal layouts are one object, even if gradients are packed on their own.
 _layout = functools.lru_cache(_Layout)
 
 
@@ -75,7 +75,7 @@ class Packed:
             if isinstance(array, jax.ShapeDtypeStruct):
                 return [jax.ShapeDtypeStruct(x.shape, array.dtype) for x in structs]
             sizes = [math.prod(struct.shape) for struct in structs]
-            # Its transpose is one concatenation; that of slices, as many paddings.
+            # The transpose of a split is one concatenation; that of n slices, n pads.
             parts = jax.lax.split(array, [*sizes, array.shape[0] - sum(sizes)])
             return [x.reshape(y.shape) for x, y in zip(parts, structs, strict=False)]
 
@@ -171,10 +171,10 @@ def pack(params: Any, *masks: Any, max_size: int = 2**16) -> Packed:
 
     A rule that depends on a leaf as a whole sees the buffer: LARS, LAMB and Muon need
     the leaves themselves, and so does code that looks for parameters by path in the
-    state. Masks and labels see the leaves if they are given to this package, or made by
+    state. Masks and labels see the leaves if they are passed to this package or made by
     :func:`adamw_jax.mask_by`, :func:`adamw_jax.mask_by_path` or
-    :func:`adamw_jax.labels_by_path`; other functions, given to Optax, see the buffers.
-    A mask must agree on all leaves of a buffer, which it does if it was given here.
+    :func:`adamw_jax.labels_by_path`; other functions, passed to Optax, see the buffers.
+    A mask must agree on all leaves of a buffer, which it does if it was passed here.
 
     Conventions that bite:
 

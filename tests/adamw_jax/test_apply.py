@@ -75,7 +75,7 @@ def test_what_describe_step_says(monkeypatch):
     mixed = PARAMS | {"bias": half["bias"]}
     tx = aj.chain(aj.clip_by_global_norm(1.0), aj.adamw(0.1))
     kernel = "one pass of the compiled kernel over each leaf"
-    xla = "XLA computes the others, whose dtypes the kernel does not know"
+    xla = "XLA computes the others, whose dtypes it does not support"
     other = "update, then apply_updates: "
     for each, params, expected in [
         (tx, None, kernel),
@@ -85,14 +85,14 @@ def test_what_describe_step_says(monkeypatch):
         (
             aj.accumulate_gradients(tx, 2),
             PARAMS,
-            f"where a window closes: {kernel}, 2 of 2; else nothing",
+            f"at the end of a window: {kernel}, 2 of 2; before, only a sum",
         ),
         (
             aj.adamw(0.1, mu_dtype="bfloat16"),
             None,
             f"{other}moments are rounded stochastically",
         ),
-        (aj.adamw(0.1, epsilon_hat=True), None, f"{other}the kernel does not know"),
+        (aj.adamw(0.1, epsilon_hat=True), None, f"{other}the kernel does not support"),
         (aj.sgd(0.1), None, f"{other}scheduled has no step"),
         (optax.chain(tx), None, f"{other}chain has no step"),
         (optax.adamw(0.1), None, f"{other}chain has no step"),

@@ -304,7 +304,7 @@ def test_two_optimizers_in_one_state():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"momentum": 0.5}, r"no hyperparameter momentum; there are \['b1'"),
+        ({"momentum": 0.5}, "no hyperparameter momentum; the state holds b1, b2"),
         ({"learning_rate": -1.0}, "learning_rate must be finite and >= 0"),
         ({"b1": 1.0}, r"b1 must be in \[0, 1\)"),
     ],
@@ -320,26 +320,26 @@ def test_bad_override(kwargs, message):
     [
         (lambda: aj.adamw(aj.Phases([aj.Phase(steps=1, b1=0.9)])), "do not set it"),
         (lambda: aj.sgd(aj.one_cycle(1.0, steps=9, b2=0.9)), "set b2, which is not"),
-        (lambda: aj.adamw(aj.one_cycle(1.0, steps=9), b1=0.8), "b1=0.8 was given, but"),
+        (lambda: aj.adamw(aj.one_cycle(1.0, steps=9), b1=0.8), "b1=0.8 was set, but"),
         (
             lambda: aj.sgd(aj.one_cycle(1.0, steps=9), 0.8),
-            "momentum=0.8 was given, but the phases drive b1",
+            "momentum=0.8 was set, but the phases drive b1",
         ),
         (
             lambda: aj.adamw(
                 aj.one_cycle(1.0, steps=9, weight_decay=0.1), weight_decay=0.2
             ),
-            "weight_decay=0.2 was given",
+            "weight_decay=0.2 was set",
         ),
         (lambda: aj.adamw(1e-3, b1=aj.one_cycle(1.0, steps=9)), "learning_rate=0.001"),
         (lambda: aj.sgd(1e-3, aj.one_cycle(1.0, steps=9)), "learning_rate=0.001"),
         (
             lambda: aj.adamw(aj.one_cycle(1.0, steps=9), b1=jnp.float32(0.8)),
-            "b1=.*0.8.* was given",
+            "b1=.*0.8.* was set",
         ),
         (
             lambda: aj.amsgrad(aj.one_cycle(1.0, steps=9, weight_decay=0.1), l2=0.2),
-            "l2 or weight_decay=0.2 was given",
+            "l2 or weight_decay=0.2 was set",
         ),
         (
             lambda: aj.with_hyperparams(

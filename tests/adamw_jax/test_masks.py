@@ -181,7 +181,11 @@ def test_describe_mask(capsys):
         ),
         ({"a": True}, ValueError, "no leaf b/w"),
         ({"a": True, "b": {"w": 1.0}}, TypeError, "leaf b/w, got 1.0"),
-        (aj.mask_by_path("nothing"), ValueError, "'nothing' match no leaf; .* a, b/w"),
+        (
+            aj.mask_by_path("nothing"),
+            ValueError,
+            "matches 'nothing'; .* a, b/w",
+        ),
     ],
 )
 def test_masks_that_do_not_fit(mask, error, message):

@@ -221,7 +221,7 @@ def test_phases_drive_the_decay():
         (lambda: aj.adam(1e-3, l2=-1.0), "l2 must be"),
         (lambda: aj.adamw(1e-3, weight_decay=-1.0), "weight_decay must be"),
         (lambda: aj.adamw(1e-3, decay_scale="lr"), "decay_scale must be one of"),
-        (lambda: aj.adamw(1e-3, base_learning_rate=1.0), "goes with decay_scale"),
+        (lambda: aj.adamw(1e-3, base_learning_rate=1.0), "=1.0 goes with decay_scale"),
         (
             lambda: aj.adamw(lambda t: 1e-3, decay_scale="schedule"),
             "needs base_learning_rate",

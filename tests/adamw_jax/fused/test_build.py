@@ -51,8 +51,8 @@ def test_switched_off(tmp_path):
 def test_a_compiler_that_fails(tmp_path, compiler):
     """One warning, whatever is computed after it; nothing is left behind."""
     warned, why = in_process(tmp_path, CXX=compiler)
-    assert warned == "['adamw_jax goes without its kernel for CP']"
-    assert why.startswith("it could not be compiled and loaded")
+    assert warned == "['adamw_jax runs without its CPU kernel: i']"
+    assert why.startswith("it cannot be compiled and loaded")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -71,7 +71,7 @@ def test_a_compiler_that_does_not_know_the_processor(tmp_path):
 @pytest.mark.slow
 def test_a_command_that_cannot_be_read(tmp_path):
     warned, why = in_process(tmp_path, CXX='c++ "')
-    assert warned == "['adamw_jax goes without its kernel for CP']"
+    assert warned == "['adamw_jax runs without its CPU kernel: i']"
     assert "No closing quotation" in why
 
 

@@ -705,5 +705,5 @@ def test_update_and_apply_with_a_link_behind():
 
 
 def test_has_updated_of_another_state():
-    with pytest.raises(ValueError, match="of 0 accumulations"):
+    with pytest.raises(ValueError, match="one AccumulateState, got 0"):
         aj.has_updated(aj.adamw(0.1).init(P))

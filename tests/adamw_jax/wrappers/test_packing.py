@@ -363,7 +363,7 @@ def test_a_mask_that_cuts_through_a_buffer():
 
 def test_a_misspelled_mask():
     flat = aj.pack(params_of())
-    with pytest.raises(ValueError, match=r"match no leaf; .* dense/kernel"):
+    with pytest.raises(ValueError, match=r"no leaf matches 'kernal'; .* dense/kernel"):
         aj.adamw(0.1, mask=aj.mask_by_path("kernal")).init(flat)
     with pytest.raises(ValueError, match=r"masks\[1\] does not have the structure"):
         aj.pack(params_of(), True, {"dense": True})
