@@ -95,10 +95,16 @@ def on_leaves(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]
     return evaluate
 
 
-def find_states(state: Any, kind: type | tuple[type, ...]) -> list[Any]:
-    """All states of the given type inside an optimizer state, outermost only."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+def find_states(state: Any, kind: type | Callable[[Any], bool]) -> list[Any]:
+    """All states of a type, or with a property, in an optimizer state, outermost only.
+
+    Unlike `optax.tree.get`, it finds states of two optimizers, and by type.
+    """
+
+    def matches(x):
+        return isinstance(x, kind) if isinstance(kind, type) else kind(x)
+
+    return list(filter(matches, jax.tree.leaves(state, is_leaf=matches)))
 
 
 def broadcast(name: str, mask: Any, params: Any) -> Any:

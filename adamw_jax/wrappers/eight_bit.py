@@ -1,7 +1,7 @@
 """Eight-bit moments for any optimizer, quantized in blocks with a common scale."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .._tree import compute_dtype, increment
+from .._tree import compute_dtype, find_states, increment
 
 
 class Blocks(NamedTuple):
@@ -249,7 +249,7 @@ def quantize_moments(
             return quantize_blockwise(x, MOMENTS[name], block_size=block_size)
 
         state = inner.init(params)
-        if not any(_fields_with_moments(state)):
+        if not find_states(state, _has_moments):
             raise ValueError(
                 f"there is nothing to quantize: the state of inner must have a field "
                 f"{', '.join(MOMENTS)}, got {type(state).__name__}"
@@ -344,8 +344,5 @@ def _moment(path: tuple) -> str | None:
     return next((name for name in names if name in MOMENTS), None)
 
 
-def _fields_with_moments(state: Any) -> Iterator[bool]:
-    def has_moments(x):
-        return not MOMENTS.keys().isdisjoint(getattr(x, "_fields", ()))
-
-    return map(has_moments, jax.tree.leaves(state, is_leaf=has_moments))
+def _has_moments(x: Any) -> bool:
+    return not MOMENTS.keys().isdisjoint(getattr(x, "_fields", ()))
