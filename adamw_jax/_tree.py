@@ -45,6 +45,13 @@ def increment(count: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(count))
 
 
+def schedule_step(count: jax.Array) -> jax.Array:
+    """The count as schedules expect it: an average of states has made it a float."""
+    count = jnp.asarray(count)
+    is_integer = jnp.issubdtype(count.dtype, jnp.integer)
+    return count if is_integer else jnp.rint(count).astype(jnp.int32)
+
+
 def zeros_like_params(params: Any, dtype: Any = None) -> Any:
     """Initial moments: zeros in `dtype`, or by default in the compute dtype.
 

@@ -12,19 +12,31 @@ import optax
 
 from ._checks import check_scalar
 from ._transformation import Transformation, step_with_factor
-from ._tree import ScalarOrSchedule, compute_dtype, find_states, increment, scalar_dtype
+from ._tree import (
+    ScalarOrSchedule,
+    compute_dtype,
+    find_states,
+    increment,
+    scalar_dtype,
+    schedule_step,
+)
 from .apply import describe_step
 from .schedules.phases import Phases
 
 
 class HyperparamsState(NamedTuple):
-    """The hyperparameters that the next update will use, by name."""
+    """The hyperparameters in force, by name: those that the last update used.
+
+    Before the first update they are those of step 0. All fields but the last are
+    scalars, so that a state can be averaged and its rule of sharding can go by rank.
+    """
 
     step: jax.Array  # int32 []: updates done; the one counter of all schedules
     hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
     # The last two by sorted name; tuples, so that optax.tree.get finds each name once.
-    last_values: tuple[jax.Array, ...]  # what the last update stored in hyperparams
-    overridden: tuple[jax.Array, ...]  # int32 [] each: 1 ignores the schedule
+    last_values: tuple[jax.Array, ...]  # those of the numbers and schedules; without
+    # an override they equal hyperparams, so a difference is an edit by hand
+    overridden: tuple[jax.Array, ...]  # int32 [] each: not 0 ignores the schedule
     inner_state: optax.OptState
 
 
@@ -34,12 +46,18 @@ def with_hyperparams(
 ) -> Transformation:
     """Keeps the hyperparameters of a transformation in its state.
 
-    All schedules are evaluated at one step counter, and the state holds the values that
-    the next update will use. Read them with :func:`current_hyperparams`, change them
-    with :func:`override_hyperparams`, also inside `jit`: a new value is data and does
-    not retrace. A value that was changed in the state, by that function or by hand,
-    takes precedence. Otherwise the number or schedule passed here decides, also if the
-    transformation was rebuilt around an old state, with another learning rate.
+    Every schedule is evaluated once per update, at the step of that update, and all at
+    one counter. As in `optax.inject_hyperparams`, the state then holds the values that
+    the update used; before the first update it holds those of step 0. Read them with
+    :func:`current_hyperparams`, change them with :func:`override_hyperparams`, also
+    inside `jit`: a new value is data and does not retrace. A value that was changed in
+    the state, by that function or by hand, takes precedence. Otherwise the number or
+    schedule passed here decides, also if the transformation was rebuilt around an old
+    state, with another learning rate.
+
+    An array, traced or not, is a number that may differ each time the transformation is
+    built. A change of it also replaces a value that was changed by hand; only
+    :func:`override_hyperparams` holds against it.
 
     A beta in the state is a float32 number, which moments and bias correction both use:
     the first update is exact, and .999 acts as .99900001.
@@ -52,6 +70,13 @@ def with_hyperparams(
       factory is never mistaken for a schedule;
     * there is one counter, not one per schedule;
     * an override of a scheduled value stays in force.
+
+    The named optimizers (:func:`adamw_jax.adamw` and so on) are built with this
+    function, so they do not need `optax.inject_hyperparams`. Code that expects its
+    state can still wrap them; edit the outer `hyperparams` then, which the inner state
+    follows. Pass `static_args="mask"` with a callable mask, `base_learning_rate` with
+    `decay_scale="schedule"`, and `hyperparam_dtype=jnp.float32` with bfloat16
+    parameters. Phases cannot be wrapped.
 
     Args:
         factory: builds the transformation. It is called at trace time with the current
@@ -91,49 +116,46 @@ def with_hyperparams(
     # Called with the values of step 0, so that bad arguments are refused at once.
     example = factory(**{name: _first_value(x) for name, x in schedules.items()})
 
+    follows = tuple(isinstance(schedules[name], jax.Array) for name in names)
+
     def scheduled_values(step, dtype):
         # Copies, so that the state can be donated.
-
-        def value(schedule):
-            return jnp.array(schedule(step) if callable(schedule) else schedule, dtype)
-
-        return {name: value(schedules[name]) for name in names}
-
-    def copies(values):  # so that both can be donated
-        return tuple(jnp.copy(values[name]) for name in names)
+        return tuple(
+            jnp.array(x(step) if callable(x) else x, dtype)
+            for x in (schedules[name] for name in names)
+        )
 
     def init(params):
         step = jnp.zeros([], jnp.int32)
-        values = scheduled_values(step, scalar_dtype(params))
+        last = scheduled_values(step, scalar_dtype(params))
+        values = dict(zip(names, map(jnp.copy, last), strict=True))  # both donatable
         overridden = tuple(jnp.zeros([], jnp.int32) for _ in names)
         inner_state = factory(**values).init(params)
-        return HyperparamsState(step, values, copies(values), overridden, inner_state)
+        return HyperparamsState(step, values, last, overridden, inner_state)
 
     def begin(state):
         """Returns the inner transformation of this step and what ends the step."""
-        (dtype,) = {compute_dtype(x.dtype) for x in state.last_values}
-        stored = {k: jnp.asarray(v, dtype) for k, v in state.hyperparams.items()}
-        flags = zip(names, state.last_values, state.overridden, strict=True)
-        overridden = tuple(
-            flag | _differ(stored[name], last) for name, last, flag in flags
+        dtype = compute_dtype(state.last_values[0].dtype)
+        # Evaluated here: the optimizer may have been rebuilt around the state.
+        values, stored, last, overridden = _values_in_force(
+            scheduled_values(schedule_step(state.step), dtype),
+            tuple(jnp.asarray(state.hyperparams[name]) for name in names),
+            state.last_values,
+            state.overridden,
+            tuple(names),
+            follows,
         )
 
-        def current_values(step):
-            values = scheduled_values(step, dtype)
-            return {
-                name: jnp.where(flag != 0, stored[name], values[name])
-                for name, flag in zip(names, overridden, strict=True)
-            }
-
         def finish(inner_state):
-            step = increment(state.step)
-            values = current_values(step)
             return HyperparamsState(
-                step, values, copies(values), overridden, inner_state
+                increment(state.step),
+                dict(zip(names, stored, strict=True)),
+                last,
+                overridden,
+                inner_state,
             )
 
-        # Evaluated again: the optimizer may have been rebuilt around the state.
-        return factory(**current_values(state.step)), finish
+        return factory(**dict(zip(names, values, strict=True))), finish
 
     def update(updates, state, params=None, **extra_args):
         inner, finish = begin(state)
@@ -209,11 +231,12 @@ def _first_value(schedule: Any) -> Any:
 
 
 def current_hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
-    """Reads the hyperparameters that the next update will use.
+    """Reads the hyperparameters in force: those that the last update used.
 
-    Read before an update, these are the values of that update. Works inside `jit`, and
-    on any state that contains the optimizer's, such as that of a chain or of
-    `optax.partition`.
+    Before the first update these are the values of step 0, and after
+    :func:`override_hyperparams` the new ones. So read the state that an update returns
+    to log the values of that update. Works inside `jit`, and on any state that contains
+    the optimizer's, such as that of a chain or of `optax.partition`.
 
     Args:
         state: an optimizer state.
@@ -287,7 +310,8 @@ def override_hyperparams(
             if value is not None:
                 _check_override(name, value, new[name])
                 new[name] = _fill_like(new[name], value)
-                last[i] = _fill_like(last[i], value)
+            # Equal after a release as well: a difference would be an edit by hand.
+            last[i] = _fill_like(last[i], jax.tree.leaves(new[name])[0])
             overridden[i] = _fill_like(overridden[i], value is not None)
         return node._replace(
             hyperparams=new, last_values=tuple(last), overridden=tuple(overridden)
@@ -302,7 +326,7 @@ def _check_override(name: str, value: Any, old: Any) -> None:
     shape = np.shape(jax.tree.leaves(old)[0])
     if shape and np.shape(value) == shape:
         return  # one value per member of a state made by vmap
-    check_scalar(name, value, below=1 if name in ("b1", "b2", "momentum") else math.inf)
+    check_scalar(name, value, below=1 if name in _BETAS else math.inf)
 
 
 def _fill_like(old: Any, value: Any) -> Any:
@@ -312,6 +336,39 @@ def _fill_like(old: Any, value: Any) -> Any:
     )
 
 
-def _differ(value: jax.Array, last: jax.Array) -> jax.Array:
-    """int32: 1 if a value was changed by hand. NaN counts as equal to NaN."""
-    return ((value != last) & ~(jnp.isnan(value) & jnp.isnan(last))).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
+def _values_in_force(scheduled, hyperparams, last_values, overridden, names, follows):
+    """The values of this step, and the next hyperparams, last_values and overridden.
+
+    One program, because outside of `jit` each operation costs as much as a dispatch.
+    """
+    columns = []
+    for new, old, last, flag, name, follow in zip(
+        scheduled, hyperparams, last_values, overridden, names, follows, strict=True
+    ):
+        edited = _differ(old.astype(new.dtype), last.astype(new.dtype))
+        if follow:  # an edit by hand holds until the array changes
+            edited &= ~_differ(new.astype(last.dtype), last)
+        hold = (flag != 0) | edited
+        value = jnp.where(hold, _widen(name, old, new.dtype), new)
+        # The dtypes of the state that was passed, for lax.scan.
+        columns.append((value, value.astype(last.dtype), new.astype(last.dtype), flag))
+        if not follow:
+            columns[-1] = (*columns[-1][:3], hold.astype(flag.dtype))
+    return tuple(zip(*columns, strict=True))
+
+
+_BETAS = ("b1", "b2", "momentum")
+
+
+def _widen(name: str, value: jax.Array, dtype: Any) -> jax.Array:
+    """Casts a stored value, undoing that bfloat16 rounds a beta of .999 to 1."""
+    wide, narrow = value.astype(dtype), value.dtype in (jnp.bfloat16, jnp.float16)
+    if name in _BETAS and narrow:
+        wide = jnp.minimum(wide, 1 - float(jnp.finfo(value.dtype).epsneg))
+    return wide
+
+
+def _differ(value: jax.Array, other: jax.Array) -> jax.Array:
+    """Whether two scalars differ; NaN equals NaN."""
+    return (value != other) & ~(jnp.isnan(value) & jnp.isnan(other))

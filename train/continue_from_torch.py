@@ -214,7 +214,7 @@ def to_torch(
             model[name] = model[name] + steps
     groups = checkpoint["optimizer"]["param_groups"]
     optimizer = aj.to_torch_state_dict(
-        training.state, training.params, groups, rename=rename
+        training.state, training.params, groups, rename=rename, tx=training.tx
     )
     scheduler = dict(checkpoint["scheduler"])
     scheduler["last_epoch"] += steps

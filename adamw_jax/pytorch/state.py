@@ -231,16 +231,23 @@ def to_torch_state_dict(
     names: Sequence[str] | None = None,
     rename: Rename = None,
     layout: Layout = flax_layout,
+    tx: optax.GradientTransformation | None = None,
 ) -> dict[str, Any]:
     """Makes the dict that `load_state_dict` of `torch.optim`'s optimizers accepts.
 
     The moments are copied bit for bit, to tensors of their own dtype; `load_state_dict`
     casts them to that of PyTorch's parameters. `step` is a float32 scalar, as PyTorch
     stores it. The groups are copies of `param_groups` with the hyperparameters of the
-    next update: `lr`, `betas` or `momentum`, `weight_decay`. A state has one learning
-    rate, which is that of the first group it trains; the other groups keep their ratio
-    to it. The same holds for the decay, and a decay of 0 stays 0. A value that equals
-    the group's up to the state's float32 is left as it is.
+    state: `lr`, `betas` or `momentum`, `weight_decay`. A state has one learning rate,
+    which is that of the first group it trains; the other groups keep their ratio to it.
+    The same holds for the decay, and a decay of 0 stays 0. A value that equals the
+    group's up to the state's float32 is left as it is.
+
+    **Schedules.** PyTorch's groups hold the values that the next step uses. A state
+    holds those of the last update, which is the same for constants. Pass `tx` if a
+    schedule or phases drive any of them: the groups then get the values of the next
+    update, as PyTorch's have after `scheduler.step()`. Groups that a PyTorch scheduler
+    drives need it.
 
     `eps`, `nesterov`, `maximize`, `dampening` and `decoupled_weight_decay` are not in a
     state and stay as in `param_groups`; for `sgd(dampened=True)` set `dampening` to the
@@ -259,6 +266,8 @@ def to_torch_state_dict(
             :func:`from_torch_state_dict`.
         rename: from PyTorch's names to paths, as a function or a dict.
         layout: converts arrays; the default knows Flax's kernels.
+        tx: the optimizer that `state` is of, for the values of the next update: it
+            updates a copy of the state once, with zero gradients.
 
     Returns:
         `{"state": {number: {...}}, "param_groups": [...]}`, with tensors (needs
@@ -267,7 +276,8 @@ def to_torch_state_dict(
     Raises:
         ValueError: all mismatches in one message: a leaf with moments but without a
             name; two states for one leaf; groups of another optimizer, or whose
-            `amsgrad` or `momentum` contradicts the moments.
+            `amsgrad` or `momentum` contradicts the moments. Or a scheduler drives the
+            groups and there is no tx.
 
     Example:
         >>> import jax.numpy as jnp
@@ -319,7 +329,18 @@ def to_torch_state_dict(
         return node
 
     _map_states(read, state, problems)
-    updated = [_update_group(group, state, table, problems) for group in groups]
+    following = state
+    if tx is None:
+        scheduled = any("initial_lr" in group for group in groups)
+        if scheduled and find_states(state, HyperparamsState):
+            raise ValueError(
+                "tx must be given, because a scheduler drives the groups (they have "
+                "initial_lr), and the state holds the values of the last update only"
+            )
+    else:  # after an update a state holds the values that it used
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, following = tx.update(zeros, state, params)
+    updated = [_update_group(group, following, table, problems) for group in groups]
     problems.raise_if_any()
     by_number = {table[path].number: entry for path, entry in entries.items() if entry}
     return {"state": dict(sorted(by_number.items())), "param_groups": updated}

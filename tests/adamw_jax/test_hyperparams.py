@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference import adam_loop, constant, sgd_loop
 from tiers import matrix
 
 import adamw_jax as aj
@@ -19,22 +20,35 @@ def values(state):
     return {k: float(v) for k, v in aj.current_hyperparams(state).items()}
 
 
-def test_values_in_force_are_those_of_the_next_update():
+def test_values_in_force_are_those_of_the_last_update():
     """For SGD without momentum the update shows the rate in use."""
     phases = aj.one_cycle_torch(1.0, 20, cycle_momentum=False)
     tx = aj.sgd(phases)
     state = tx.init(P)
+    assert values(state) == pytest.approx(phases.at(0))
 
     @jax.jit
     def step(state):
-        seen = aj.current_hyperparams(state)["learning_rate"]  # inside jit
         updates, state = tx.update(G, state, P)
-        return seen, updates, state
+        return aj.current_hyperparams(state)["learning_rate"], updates, state
 
     for k in range(20):
         seen, updates, state = step(state)
         assert float(seen) == pytest.approx(phases.at(k)["learning_rate"], rel=1e-5)
         np.testing.assert_allclose(updates["w"], -seen * G["w"], rtol=1e-6)
+
+
+def test_values_in_the_state_are_those_of_optax(lenient):
+    schedule = optax.linear_schedule(0.1, 0.5, 4)
+    ours, theirs = aj.sgd(schedule), optax.inject_hyperparams(optax.sgd)(schedule)
+    states = [ours.init(P), theirs.init(P)]
+    for _ in range(5):
+        mine, optaxs = (state.hyperparams["learning_rate"] for state in states)
+        np.testing.assert_array_equal(mine, optaxs)
+        states = [
+            tx.update(G, state)[1]
+            for tx, state in zip((ours, theirs), states, strict=True)
+        ]
 
 
 def test_all_four_from_one_counter():
@@ -59,9 +73,87 @@ def test_all_four_from_one_counter():
     ]
     assert len(counters) == 2  # the phases' step, and Adam's count of its updates
     for k in range(8):
-        assert values(state) == pytest.approx(phases.at(k), rel=1e-5)
-        assert int(state.step) == k
         _, state = tx.update(G, state, P)
+        assert values(state) == pytest.approx(phases.at(k), rel=1e-5)
+        assert int(state.step) == k + 1
+
+
+# ---- a schedule is read once per update, at its own step ----------------------------
+
+
+def test_a_schedule_that_is_nan_one_step_ahead():
+    """It is NaN from step 4 on, of which nobody asks."""
+    tx = aj.sgd(lambda s: 0.1 * jnp.sqrt(1 - s / 3))
+    state = tx.init(P)
+    for k in range(4):
+        updates, state = tx.update(G, state, P)
+        expected = -0.1 * np.sqrt(1 - k / 3) * np.array(G["w"])
+        np.testing.assert_allclose(updates["w"], expected, rtol=1e-6, atol=1e-9)
+    assert not any(state.overridden)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_one_nan_in_a_schedule_does_not_stick(name, jit):
+    rates = {"learning_rate": 0.1, "weight_decay": 0.5}
+    rates[name] = lambda s, v=rates[name]: jnp.where(s == 2, jnp.nan, v)
+    tx = aj.sgd(**rates)
+    update, state = jax.jit(tx.update) if jit else tx.update, tx.init(P)
+    for k in range(6):
+        updates, state = update(G, state, P)
+        expected = -0.1 * (np.array(G["w"]) + 0.5 * np.array(P["w"]))
+        expected = expected * np.nan if k == 2 else expected
+        np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+    assert not any(state.overridden)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda table: aj.sgd(table),
+        lambda table: aj.sgd(0.1, momentum=table, weight_decay=table),
+        lambda table: aj.adamw(table, table, table, weight_decay=table),
+        lambda table: aj.amsgrad(0.1, weight_decay=table),
+        lambda table: aj.adam(table, l2=table, nesterov=True),
+        lambda table: aj.accumulate_gradients(
+            aj.adamw(table), lambda s: jnp.int32(1 + 0 * int(table(s)))
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "apply", [aj.update_and_apply, lambda tx, *args: tx.update(*args)]
+)
+def test_a_table_of_n_entries_survives_n_eager_steps(make, apply):
+    reads, table = [], [0.5, 0.25, 0.125, 0.0625]
+
+    def schedule(step):
+        reads.append(int(step))
+        return table[int(step)]
+
+    with jax.disable_jit():  # lax.cond of the accumulation is eager as well
+        tx = make(schedule)
+        state = tx.init(P)
+        for step in range(4):
+            reads.clear()
+            _, state = apply(tx, G, state, P)
+            assert set(reads) == {step}
+
+
+def test_a_schedule_is_read_once_per_update():
+    reads = []
+
+    def schedule(step):
+        reads.append(int(step))
+        return 0.1
+
+    tx = aj.adamw(schedule)
+    state = tx.init(P)
+    del reads[:]
+    for _ in range(3):
+        _, state = tx.update(G, state, P)
+    assert reads == [0, 1, 2]
+    aj.update_and_apply(tx, G, state, P)
+    assert reads == [0, 1, 2, 3]
 
 
 def test_readable_by_optax_too():
@@ -129,6 +221,59 @@ def test_editing_the_state_by_hand_is_not_ignored():
     for _ in range(3):
         updates, edited = tx.update(G, edited, P)
         np.testing.assert_array_equal(updates["w"], 0.0)
+    assert values(edited)["learning_rate"] == 0.0
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_edit_after_an_update_is_not_ignored(jit):
+    """Also an edit to the value of the first update, or to that of an update ahead."""
+    rates = [0.4, 0.3, 0.2, 0.1]
+    tx = aj.sgd(lambda t: jnp.array(rates)[t])
+    update = jax.jit(tx.update) if jit else tx.update
+    for new in rates:
+        state = tx.init(P)
+        for _ in range(2):
+            _, state = update(G, state, P)
+        if new == rates[1]:
+            continue  # the value that is there: no edit
+        hyperparams = state.hyperparams | {"learning_rate": jnp.float32(new)}
+        state = state._replace(hyperparams=hyperparams)
+        for _ in range(2):
+            updates, state = update(G, state, P)
+            np.testing.assert_allclose(updates["w"], -new * G["w"], rtol=1e-6)
+
+
+def test_an_array_that_changes_replaces_an_edit():
+    """As when an optimizer is built in each step from a rate that is passed to it."""
+
+    @jax.jit
+    def update(rate, state):
+        updates, state = aj.sgd(rate).update(G, state, P)
+        return updates["b"] / -G["b"], state
+
+    def edit(state, rate):
+        return state._replace(hyperparams={"learning_rate": jnp.float32(rate)})
+
+    state = aj.sgd(jnp.float32(0.1)).init(P)
+    for rate, edited, expected in (
+        (0.1, None, 0.1),
+        (0.1, 0.7, 0.7),  # an edit,
+        (0.1, None, 0.7),  # that holds
+        (0.2, None, 0.2),  # until the rate changes
+        (0.2, None, 0.2),
+        (0.3, 0.7, 0.3),  # also at the same time
+        (0.3, None, 0.3),
+    ):
+        state = state if edited is None else edit(state, edited)
+        used, state = update(jnp.float32(rate), state)
+        np.testing.assert_allclose(used, expected, rtol=1e-6)
+    state = aj.override_hyperparams(state, learning_rate=0.5)
+    for rate in (0.3, 0.4):  # what an override ignores
+        used, state = update(jnp.float32(rate), state)
+        np.testing.assert_allclose(used, 0.5, rtol=1e-6)
+    state = aj.override_hyperparams(state, learning_rate=None)
+    used, state = update(jnp.float32(0.4), state)
+    np.testing.assert_allclose(used, 0.4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -262,8 +407,8 @@ def test_an_optax_schedule_runs(lenient):
     tx = aj.adamw(schedule, b1=optax.linear_schedule(0.95, 0.85, 10))
     state = tx.init(P)
     for k in range(12):
-        assert values(state)["learning_rate"] == pytest.approx(float(schedule(k)))
         _, state = jax.jit(tx.update)(G, state, P)
+        assert values(state)["learning_rate"] == pytest.approx(float(schedule(k)))
 
 
 def test_chain_with_optax():
@@ -370,3 +515,181 @@ def test_a_schedule_that_ends_below_zero_does_not_stop_an_eager_run():
     state = tx.init(P)
     for _ in range(3):
         _, state = tx.update(G, state, P)
+
+
+# ---- states that were cast, averaged or sharded -------------------------------------
+
+CYCLE = aj.one_cycle(1e-2, steps=40)
+OPTIMIZERS = {
+    "adam": lambda: aj.adam(1e-2, l2=0.1),
+    "adamw": lambda: aj.adamw(CYCLE, weight_decay=0.1),
+    "amsgrad": lambda: aj.amsgrad(1e-2, weight_decay=0.1),
+    "sgd": lambda: aj.sgd(1e-2, 0.9, weight_decay=0.1),
+}
+CAST = 10  # updates before the cast
+
+
+def store(t, moment):
+    """The moments are in bfloat16 from the cast on."""
+    return moment if t < CAST - 1 else moment.astype(jnp.bfloat16).astype(float)
+
+
+LOOPS = {
+    "adam": lambda p, g: adam_loop(p, g, constant(1e-2), l2=0.1, store=store),
+    "adamw": lambda p, g: adam_loop(
+        p,
+        g,
+        lambda t: CYCLE.at(t)["learning_rate"],
+        lambda t: CYCLE.at(t)["b1"],
+        weight_decay=0.1,
+        store=store,
+    ),
+    "amsgrad": lambda p, g: adam_loop(
+        p, g, constant(1e-2), weight_decay=0.1, maximum="raw", store=store
+    ),
+    "sgd": lambda p, g: sgd_loop(p, g, constant(1e-2), constant(0.9), weight_decay=0.1),
+}
+P0 = np.random.default_rng(0).normal(size=6).astype(np.float32)
+GRADS = np.random.default_rng(1).normal(size=(40, 6)).astype(np.float32)
+
+
+def cast_floats(state, dtype=jnp.bfloat16):
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_that_was_cast_to_bfloat16(name, fused):
+    """After 10 of 40 steps. The moments are rounded, the hyperparameters are not."""
+    tx = OPTIMIZERS[name]()
+
+    @jax.jit
+    def run(p, state, grads):
+        def step(carry, g):
+            p, state = carry
+            if fused:
+                return aj.update_and_apply(tx, g, state, p), None
+            updates, state = tx.update(g, state, p)
+            return (aj.apply_updates(p, updates), state), None
+
+        return jax.lax.scan(step, (p, state), grads)[0]  # dtypes must not change
+
+    p, state = run(jnp.asarray(P0), tx.init(jnp.asarray(P0)), GRADS[:CAST])
+    p, state = run(p, cast_floats(state), GRADS[CAST:])
+    expected = LOOPS[name](P0, GRADS)[-1]
+    distance = np.abs(expected - P0).max()
+    np.testing.assert_allclose(p, expected, rtol=0, atol=0.02 * distance)
+    assert values(state)["learning_rate"] == pytest.approx(
+        CYCLE.at(39)["learning_rate"] if name == "adamw" else 1e-2, rel=2**-8
+    )
+
+
+@pytest.mark.parametrize("when", ["before the cast", "after the cast"])
+def test_an_overridden_beta_is_not_rounded_to_1(when):
+    """Next to .999 bfloat16 has 1 - 2^-8, and 1, which divides by zero."""
+    tx = aj.adamw(1e-2, weight_decay=0.0)
+    state = tx.init(P)
+    if when == "before the cast":
+        state = cast_floats(aj.override_hyperparams(state, b2=0.999))
+    else:
+        state = aj.override_hyperparams(cast_floats(state), b2=0.999)
+    for _ in range(3):
+        updates, state = tx.update(G, state, P)
+        np.testing.assert_allclose(updates["w"], [-1e-2] * 2, rtol=1e-2)
+
+
+def average(a, b):
+    return jax.tree.map(lambda x, y: (x + y) / 2, a, b)
+
+
+def by_pmean(a, b):
+    both = jax.tree.map(lambda *x: jnp.stack(x), a, b)
+    mean = jax.vmap(lambda s: jax.lax.pmean(s, "replicas"), axis_name="replicas")(both)
+    return jax.tree.map(lambda x: x[0], mean)
+
+
+def by_optax(a, b):
+    return optax.incremental_update(a, b, 0.5)
+
+
+@pytest.mark.parametrize("mean", [average, by_pmean, by_optax])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "rounded", "accumulated"])
+def test_an_average_of_two_states(name, mean, lenient):
+    """The moments are the means, and the hyperparameters stay what they are."""
+    table = [0.1, 0.2, 0.3, 0.4]
+    make = OPTIMIZERS | {
+        "rounded": lambda: aj.adamw(1e-2, mu_dtype=jnp.bfloat16),
+        "accumulated": lambda: aj.accumulate_gradients(aj.sgd(0.5), 2),
+    }
+    schedule = aj.sgd(lambda step: jnp.array(table)[step])  # an integer step, please
+    for tx in (make[name](), schedule):
+        one, other = tx.init(P), tx.init(P)
+        for _ in range(2):
+            _, one = tx.update(G, one, P)
+            _, other = tx.update(jax.tree.map(lambda g: 3 * g, G), other, P)
+        mixed = mean(one, other)
+        for x, y, z in zip(*map(jax.tree.leaves, (mixed, one, other)), strict=True):
+            if x.shape:
+                half = (np.array(y, float) + np.array(z, float)) / 2
+                np.testing.assert_allclose(x, half, rtol=1e-2)
+        assert values(mixed) == pytest.approx(values(one))
+        # Two equal states: the mean goes on as each of them would.
+        updates, same = jax.jit(tx.update)(G, mean(one, one), P)
+        expected, after = tx.update(G, one, P)
+        np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-5)
+        assert values(same) == pytest.approx(values(after))
+        flags = [float(x) for s in find(same) for x in s.overridden]
+        assert not any(flags)
+        updates, _ = tx.update(G, mixed, P)
+        assert np.isfinite(updates["w"]).all()
+
+
+def find(state):
+    is_node = lambda x: isinstance(x, aj.HyperparamsState)  # noqa: E731
+    return [x for x in jax.tree.leaves(state, is_leaf=is_node) if is_node(x)]
+
+
+def test_an_average_of_states_with_an_override():
+    tx = aj.sgd(lambda t: jnp.array([0.1, 0.2, 0.3, 0.4])[t])
+    state = aj.override_hyperparams(tx.init(P), learning_rate=0.5)
+    state = average(tx.update(G, state, P)[1], tx.update(G, state, P)[1])
+    for _ in range(2):
+        updates, state = tx.update(G, state, P)
+        np.testing.assert_allclose(updates["w"], -0.5 * G["w"], rtol=1e-6)
+    state = aj.override_hyperparams(state, learning_rate=None)
+    updates, state = tx.update(G, state, P)  # the fourth
+    np.testing.assert_allclose(updates["w"], -0.4 * G["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [average, by_pmean])
+def test_an_average_of_states_with_a_nan(mean):
+    """The schedule was NaN in both, which is no edit."""
+    tx = aj.sgd(lambda t: jnp.where(t == 0, 0.1, jnp.where(t == 1, jnp.nan, 0.3)))
+    state = tx.init(P)
+    for _ in range(2):
+        _, state = tx.update(G, state, P)
+    assert np.isnan(values(state)["learning_rate"])
+    updates, state = tx.update(G, mean(state, state), P)
+    np.testing.assert_allclose(updates["w"], -0.3 * G["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rule_of_sharding_by_rank(name):
+    """Vectors are split over the devices, scalars are on each of them."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = OPTIMIZERS[name]()
+    state = tx.init(jnp.asarray(P0))
+    own = state._replace(inner_state=())
+    assert {x.shape for x in jax.tree.leaves(own)} == {()}
+    rule = jax.tree.map(
+        lambda x: jax.NamedSharding(mesh, jax.P("x") if x.ndim else jax.P()), state
+    )
+    sharded = jax.device_put(state, rule)
+    update = jax.jit(tx.update, out_shardings=(None, rule))
+    updates, sharded = update(jnp.asarray(GRADS[0]), sharded, jnp.asarray(P0))
+    expected, state = tx.update(jnp.asarray(GRADS[0]), state, jnp.asarray(P0))
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    for x, sharding in zip(*map(jax.tree.leaves, (sharded, rule)), strict=True):
+        assert x.sharding == sharding
