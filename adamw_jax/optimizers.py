@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import optax
 
@@ -33,7 +34,7 @@ def adam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = False,
-    l2: ScalarOrSchedule = 0.0,
+    l2: ScalarOrSchedule | None = None,
     mask: Mask = None,
     maximize: bool = False,
     nu_dtype: Any = None,
@@ -62,7 +63,7 @@ def adam(
         mu_dtype: storage dtype of the first moment; None: at least float32.
         nesterov: look one step ahead along the first moment.
         l2: $\lambda_2 \ge 0$, the L2 coefficient: a number, a traced scalar or a
-            schedule. Phases that set `weight_decay` drive it.
+            schedule; None: no L2. Phases that set `weight_decay` drive it.
         mask: which leaves are regularised; None: all.
         maximize: ascend instead of descend. The decay still shrinks the parameters.
         nu_dtype: storage dtype of the second moment; None: at least float32.
@@ -72,8 +73,8 @@ def adam(
         seed: seed of the stochastic rounding.
 
     Returns:
-        A transformation whose state holds `learning_rate`, `b1`, `b2` and, with l2,
-        `weight_decay`. Without l2, `update` does not need `params`.
+        A transformation whose state holds `learning_rate`, `b1`, `b2` and, with l2
+        (also 0), `weight_decay`. Without l2, `update` does not need `params`.
 
     Raises:
         TypeError, ValueError: an argument is out of range; the message names it. Or a
@@ -117,7 +118,9 @@ def adam(
             scale_by_learning_rate(learning_rate),
         )
 
-    return _build(adam, make_chain, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
+    return _build(
+        adam, make_chain, mask, learning_rate=learning_rate, b1=b1, b2=b2, **decay
+    )
 
 
 def adamw(
@@ -240,6 +243,7 @@ def adamw(
     return _build(
         adamw,
         make_chain,
+        mask,
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,
@@ -258,8 +262,8 @@ def amsgrad(
     bias_correction_nu: bool = True,
     *,
     convention: AmsgradConvention = "torch",
-    l2: ScalarOrSchedule = 0.0,
-    weight_decay: ScalarOrSchedule = 0.0,
+    l2: ScalarOrSchedule | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
     mask: Mask = None,
     decay_scale: DecayScale = "learning_rate",
     base_learning_rate: float | None = None,
@@ -293,7 +297,8 @@ def amsgrad(
         bias_correction_nu: correct the bias of the second moment.
         convention: `"torch"`, `"paper"` or `"optax"`.
         l2: $\lambda_2 \ge 0$, added to the gradient as $\lambda_2 p$: a number, a
-            traced scalar or a schedule. Set `l2` or `weight_decay`, not both.
+            traced scalar or a schedule; None: no L2. Set `l2` or `weight_decay`, not
+            both.
         weight_decay: $\lambda \ge 0$, the decoupled decay, likewise. Phases that set
             `weight_decay` drive it, or `l2` if the same phases are passed as `l2`.
         mask: which leaves `l2` or `weight_decay` acts on; None: all.
@@ -328,7 +333,7 @@ def amsgrad(
     """
     decay = _decay_hyperparam(learning_rate, weight_decay=weight_decay, l2=l2)
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
-    uses_l2 = _is_used(l2)
+    uses_l2 = l2 is not None
 
     def make_chain(learning_rate, b1, b2, weight_decay=None):
         return chain(
@@ -353,7 +358,7 @@ def amsgrad(
         )
 
     return _build(
-        amsgrad, make_chain, learning_rate=learning_rate, b1=b1, b2=b2, **decay
+        amsgrad, make_chain, mask, learning_rate=learning_rate, b1=b1, b2=b2, **decay
     )
 
 
@@ -363,8 +368,8 @@ def sgd(
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     *,
-    l2: ScalarOrSchedule = 0.0,
-    weight_decay: ScalarOrSchedule = 0.0,
+    l2: ScalarOrSchedule | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
     mask: Mask = None,
     decay_scale: DecayScale = "learning_rate",
     base_learning_rate: float | None = None,
@@ -388,7 +393,8 @@ def sgd(
         nesterov: look one step ahead.
         accumulator_dtype: storage dtype of the buffer; None: at least float32.
         l2: $\lambda_2 \ge 0$, added to the gradient as $\lambda_2 p$: a number, a
-            traced scalar or a schedule. Set `l2` or `weight_decay`, not both.
+            traced scalar or a schedule; None: no L2. Set `l2` or `weight_decay`, not
+            both.
         weight_decay: $\lambda \ge 0$, the decoupled decay, likewise. Phases that set
             `weight_decay` drive it, or `l2` if the same phases are passed as `l2`.
         mask: which leaves `l2` or `weight_decay` acts on; None: all.
@@ -416,7 +422,7 @@ def sgd(
     """
     decay = _decay_hyperparam(learning_rate, weight_decay=weight_decay, l2=l2)
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
-    uses_l2 = _is_used(l2)
+    uses_l2 = l2 is not None
     if momentum is not None and not isinstance(momentum, Phases):
         check_scalar("momentum", momentum, below=1, schedule=True)
     hyperparams = {"learning_rate": learning_rate, **decay}
@@ -436,7 +442,7 @@ def sgd(
             scale_by_learning_rate(learning_rate),
         )
 
-    return _build(sgd, make_chain, **hyperparams)
+    return _build(sgd, make_chain, mask, **hyperparams)
 
 
 def _links_before_moments(maximize: bool, l2: Any = None, mask: Mask = None) -> list:
@@ -455,29 +461,28 @@ def _phases_set(learning_rate: Any, name: str) -> bool:
     return isinstance(learning_rate, Phases) and name in learning_rate.names
 
 
-def _is_used(decay: Any) -> bool:
-    return not (is_static(decay) and decay == 0)
-
-
 def _check_decay(name: str, decay: Any) -> None:
     if not isinstance(decay, Phases):  # phases check their own values
         check_scalar(name, decay, schedule=True)
 
 
 def _decay_hyperparam(learning_rate: Any, **decays: Any) -> dict[str, Any]:
-    """The hyperparameter `weight_decay`, if any decay is used or driven by phases.
+    """The hyperparameter `weight_decay`, if any decay is set or driven by phases.
 
-    Without it the chain has no link for decay, and `update` does not need params.
+    Without it the chain has no link for decay, and `update` does not need params. A
+    decay of 0 is set: a traced one cannot be compared with 0.
     """
-    for name, decay in decays.items():
+    is_set = {name: decay for name, decay in decays.items() if decay is not None}
+    for name, decay in is_set.items():
         _check_decay(name, decay)
-    used = {name: decay for name, decay in decays.items() if _is_used(decay)}
-    if len(used) > 1:
-        values = ", ".join(f"{name}={decay!r}" for name, decay in used.items())
-        raise ValueError(f"set l2 or weight_decay, not both: got {values}")
-    if not used and not _phases_set(learning_rate, "weight_decay"):
+    if len(is_set) > 1:
+        values = ", ".join(f"{name}={decay!r}" for name, decay in is_set.items())
+        raise ValueError(
+            f"set l2 or weight_decay, not both, and leave the other None: got {values}"
+        )
+    if not is_set and not _phases_set(learning_rate, "weight_decay"):
         return {}
-    return {"weight_decay": next(iter(used.values()), 0.0)}
+    return {"weight_decay": next(iter(is_set.values()), None)}
 
 
 def _base_learning_rate(
@@ -511,15 +516,15 @@ def _base_learning_rate(
 
 
 def _build(
-    optimizer: Callable, factory: Callable, **hyperparams: Any
+    optimizer: Callable, factory: Callable, mask: Mask = None, **hyperparams: Any
 ) -> Transformation:
-    """Calls `with_hyperparams`; refuses values that phases would silently replace."""
+    """Calls `with_hyperparams`; refuses arguments that would silently be replaced."""
     parameters = inspect.signature(optimizer).parameters
     phases = next((v for v in hyperparams.values() if isinstance(v, Phases)), None)
     for name in phases.names if phases else ():
         target = hyperparam_name(name, hyperparams)
         value = hyperparams.get(target)
-        default = parameters[target].default if target in parameters else 0.0
+        default = parameters[target].default if target in parameters else None
         unset = value is None or (is_static(value) and value == default)
         if value is not phases and not unset:
             is_decay = target == "weight_decay" and "l2" in parameters
@@ -527,4 +532,11 @@ def _build(
             raise ValueError(
                 f"{argument}={value!r} was set, but the phases drive {name} as well"
             )
+    # optax.inject_hyperparams makes arrays of all numbers and calls all functions.
+    injected = all(isinstance(value, jax.Array) for value in hyperparams.values())
+    if injected and (isinstance(mask, bool) or getattr(mask, "ndim", None) == 0):
+        raise ValueError(
+            f"mask must be a tree or a function, got {mask!r}: pass static_args='mask' "
+            "to optax.inject_hyperparams, which calls a mask as a schedule otherwise"
+        )
     return with_hyperparams(factory, **hyperparams)

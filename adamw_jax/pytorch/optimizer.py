@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from .._checks import is_static
 from .._tree import ScalarOrSchedule, path_string
 from ..fused.adamw import adamw
 from ..masks import mask_by
@@ -361,13 +362,14 @@ def _build(
         mask = mask_by(lambda path, _: path in decayed_paths)
     learning_rate = values["learning_rate"]
     decay = values.get("weight_decay", decay)
+    l2 = None if is_static(decay) and decay == 0 else decay  # no link for no decay
     if isinstance(options, _SgdOptions):
         return sgd(
             learning_rate,
             values.get("b1", options.momentum or None),
             nesterov=options.nesterov,
             dampened=options.dampened,
-            l2=decay,
+            l2=l2,
             mask=mask,
             maximize=options.maximize,
         )
@@ -380,11 +382,11 @@ def _build(
         "bias_correction": bias_correction,
     }
     if options.amsgrad:
-        common["weight_decay" if options.decoupled else "l2"] = decay
+        common["weight_decay" if options.decoupled else "l2"] = l2
         return amsgrad(learning_rate, **common)
     if options.decoupled:
         return adamw(learning_rate, weight_decay=decay, **common)
-    return adam(learning_rate, l2=decay, **common)
+    return adam(learning_rate, l2=l2, **common)
 
 
 def _check_buffers(table: dict[str, Parameter], paths: list[str]) -> None:

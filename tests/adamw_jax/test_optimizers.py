@@ -283,6 +283,151 @@ def test_amsgrad_passes_its_convention_on(x64, convention):
     np.testing.assert_allclose(whole, parts, rtol=0, atol=1e-14)
 
 
+# ---- whether a decay is set does not depend on the type of its value ----------------
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("make", "decay"),
+    [
+        (aj.adam, "l2"),
+        (aj.amsgrad, "l2"),
+        (aj.amsgrad, "weight_decay"),
+        (aj.sgd, "l2"),
+        (aj.sgd, "weight_decay"),
+    ],
+)
+def test_a_traced_decay(x64, make, decay, value):
+    """A sweep that compiles over a decay; 0 is one as well."""
+    loop = sgd_loop if make is aj.sgd else adam_loop
+    maximum = {"maximum": "raw"} if make is aj.amsgrad else {}
+    expected = loop(P0, GRADS, constant(1e-2), **{decay: value}, **maximum)
+    p, g = jnp.asarray(P0, float), jnp.asarray(GRADS, float)
+    traced = jax.jit(lambda x: trajectory(make(1e-2, **{decay: x}), p, g))(value)
+    np.testing.assert_allclose(traced, expected, rtol=0, atol=1e-13)
+    tx = make(1e-2, **{decay: value})
+    assert "weight_decay" in tx.init(p).hyperparams  # to be overridden, also from 0
+    np.testing.assert_allclose(path(tx), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("make", [aj.adam, aj.amsgrad, aj.sgd])
+def test_no_decay_is_none(make):
+    """Without a decay there is none in the state, and params are not needed."""
+    tx = make(jnp.float32(1e-2))
+    state = tx.init(jnp.ones(2))
+    assert "weight_decay" not in state.hyperparams
+    tx.update(jnp.ones(2), state)
+
+
+# ---- optax.inject_hyperparams around ours -------------------------------------------
+
+INJECTED = {
+    "adam": (aj.adam, optax.adam, {}),
+    "adamw": (aj.adamw, optax.adamw, {"weight_decay": 0.1}),
+    "amsgrad": (aj.amsgrad, optax.amsgrad, {}),
+    "sgd": (aj.sgd, optax.sgd, {}),
+    "momentum": (aj.sgd, optax.sgd, {"momentum": 0.9}),
+}
+
+
+def edit_dict(state, rate):
+    state.hyperparams["learning_rate"] = jnp.asarray(rate, float)
+    return state
+
+
+def edit_tree(state, rate):
+    return optax.tree.set(state, learning_rate=jnp.asarray(rate, float))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "name", matrix(list(INJECTED), quick=["adamw", "amsgrad", "momentum"])
+)
+def test_edits_of_injected_hyperparams(x64, lenient, name, jit):
+    """Both ways to edit them, in turns; Optax's own optimizer is the reference."""
+    ours, theirs, options = INJECTED[name]
+    convention = {"convention": "optax"} if ours is aj.amsgrad else {}
+    transformations = (
+        optax.inject_hyperparams(functools.partial(ours, **convention))(0.1, **options),
+        optax.inject_hyperparams(theirs)(0.1, **options),
+    )
+    edits = {1: (edit_tree, 0.2), 2: (edit_dict, 0.3), 4: (edit_dict, 0.05)}
+    edits |= {5: (edit_tree, 0.4), 6: (edit_tree, 0.3), 7: (edit_dict, 0.1)}
+    paths = []
+    for tx in transformations:
+        p = jnp.asarray(P0, float)
+        update, state = jax.jit(tx.update) if jit else tx.update, tx.init(p)
+        paths.append([])
+        for step in range(9):
+            if step in edits:
+                edit, rate = edits[step]
+                state = edit(state, rate)
+            updates, state = update(jnp.asarray(GRADS[step], float), state, p)
+            p = p + updates
+            paths[-1].append(np.asarray(p))
+    np.testing.assert_allclose(*paths, rtol=0, atol=1e-12)
+
+
+def test_an_injected_schedule(x64, lenient):
+    """It is Optax's to evaluate, and Optax ignores edits of it."""
+    schedule = optax.linear_schedule(0.1, 0.5, 4)
+    paths = []
+    for make in (aj.sgd, optax.sgd):
+        tx = optax.inject_hyperparams(make)(schedule)
+        p = jnp.asarray(P0, float)
+        state = tx.init(p)
+        for g in GRADS[:8]:
+            state = edit_dict(state, 7.0)
+            updates, state = tx.update(jnp.asarray(g, float), state, p)
+            p = p + updates
+        paths.append(p)
+    np.testing.assert_allclose(*paths, rtol=0, atol=1e-12)
+
+
+MASKED = [
+    (aj.adam, "l2"),
+    (aj.adamw, "weight_decay"),
+    (aj.amsgrad, "weight_decay"),
+    (aj.sgd, "l2"),
+    (aj.sgd, "weight_decay"),
+]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        aj.mask_by(lambda path, leaf: np.ndim(leaf) > 1),
+        lambda params: jax.tree.map(lambda x: jnp.ndim(x) == 0, params),
+    ],
+)
+@pytest.mark.parametrize(("make", "decay"), MASKED)
+def test_an_injected_mask_is_refused(make, decay, mask, lenient):
+    """Optax calls it with the step, so that everything or nothing would decay."""
+    tx = optax.inject_hyperparams(make)(0.1, **{decay: 0.5}, mask=mask)
+    with pytest.raises(ValueError, match="static_args='mask'"):
+        tx.init({"w": jnp.ones((2, 2)), "b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(("make", "decay"), MASKED)
+def test_a_static_mask(make, decay, lenient):
+    def mask(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    p = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, p)
+    for option in ({"w": True, "b": False}, mask):
+        static = ["mask"] if callable(option) else []
+        tx = optax.inject_hyperparams(make, static_args=static)(
+            0.1, **{decay: 0.5}, mask=option
+        )
+        updates, state = tx.update(zeros, tx.init(p), p)
+        # Adam divides an L2 gradient by its own size.
+        size = 1.0 if decay == "l2" and make is aj.adam else 0.5
+        np.testing.assert_allclose(updates["w"], -0.1 * size, rtol=1e-6)
+        np.testing.assert_array_equal(updates["b"], 0.0)
+
+
 # ---- properties ---------------------------------------------------------------------
 
 shapes = st.sampled_from([(), (0,), (1,), (3,), (2, 3), (2, 0, 3)])

@@ -45,10 +45,11 @@ def make_optimizer(config: Any, schedule: Phases) -> optax.GradientTransformatio
     else:
         factory, learning_rate = _load(name), schedule.schedule("learning_rate")
     known, args = inspect.signature(factory).parameters, dict(config.optimizer_args)
-    for decay in ("weight_decay", "l2"):  # also 0, which need not be the default
+    for decay in ("weight_decay", "l2"):
         value = getattr(config, decay)
         if decay in known and decay not in args:
-            args[decay] = value
+            if value or known[decay].default is not None:  # 0 where that is no default
+                args[decay] = value
         elif value and decay not in args:
             raise ValueError(
                 f"{decay} must be 0 with {name}, which has no such argument, "
