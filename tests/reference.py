@@ -50,11 +50,12 @@ def adam_loop(
     correction="exact",
     epsilon_hat=False,
     maximum=None,
+    store=lambda t, moment: moment,
 ):
     """Parameters after every step; schedules are functions of the step, from 0.
 
     maximum: None for Adam; "raw" (PyTorch's AMSGrad, and with correction="none" the
-    paper's) or "corrected" (Optax's).
+    paper's) or "corrected" (Optax's). store: rounds a moment at the end of a step.
     """
     p = np.array(p0, np.float64)
     m, v, v_max = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
@@ -82,6 +83,7 @@ def adam_loop(
         else:
             u = m / c1 / (np.sqrt(v_hat / scale + eps_root) + eps)
         p = p - lr * (u + weight_decay * p)
+        m, v, v_max = (store(t, moment) for moment in (m, v, v_max))
         path.append(p)
     return np.array(path)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import is_static
-from .._tree import ScalarOrSchedule, scalar_dtype
+from .._tree import ScalarOrSchedule, compute_dtype, scalar_dtype, schedule_step
 
 BiasCorrection = Literal["exact", "torch", "none"]
 
@@ -18,7 +18,8 @@ class LogProduct(NamedTuple):
     The weights of a moving average with betas b_1 .. b_t sum to 1 - prod(b_i). Tracked
     in float32 as z = b z + (1 - b), that sum stops growing at 1 - 3e-8 / (1 - b), which
     is .3 % too small for b = .99999. The logarithm with its lost low bits carried along
-    (Kahan summation) is accurate to 1e-7 at every step.
+    (Kahan summation) is accurate to 1e-7 at every step. In a state that was cast to
+    bfloat16, the low bits lose little more than the cast itself has lost.
     """
 
     total: jax.Array  # []
@@ -68,22 +69,32 @@ def beta_at(
             f"traced value at both, got {beta!r} at update"
         )
     if state is not None:
-        dtype = state.total.dtype  # the dtype of init, so that the state keeps it
+        # That of init, whatever the gradients; float32 in a state cast to bfloat16.
+        dtype = compute_dtype(state.total.dtype)
     t = (step + 1).astype(dtype)
     if is_static(beta):
         # In float64: 1 - float32(b)**t is off by 1e-5 to 1e-3.
         log = math.log(beta) if beta > 0 else -1000.0  # exp(-1000) is 0 as well
         decay, rest, total = float(beta), 1.0 - float(beta), t * log
     else:
-        decay = jnp.asarray(beta(step) if callable(beta) else beta).astype(dtype)
+        decay = beta(schedule_step(step)) if callable(beta) else beta
+        decay = jnp.asarray(decay).astype(dtype)
         rest = 1 - decay
         # Clipped, so that beta = 0 has a finite logarithm and gradient.
         log = jnp.log1p(-jnp.minimum(rest, 1 - float(jnp.finfo(dtype).epsneg)))
         total = t * log
         if mode == "exact" and state is not None:
-            corrected = log - state.lost
-            total = state.total + corrected
-            state = LogProduct(total, (total - state.total) - corrected)
+            before, lost = (x.astype(dtype) for x in state)
+            corrected = log - lost
+            total = before + corrected
+            stored = total
+            if state.total.dtype != dtype:  # a cast and back may be optimized away
+                info = jnp.finfo(state.total.dtype)
+                stored = jax.lax.reduce_precision(total, info.nexp, info.nmant)
+            lost = (stored - before) - corrected
+            state = LogProduct(
+                stored.astype(state.total.dtype), lost.astype(state.lost.dtype)
+            )
     if mode == "none":
         return Beta(decay, rest, 1.0, 1.0, state)
     correction, next_correction = _one_minus_exp(total), _one_minus_exp(total + log)

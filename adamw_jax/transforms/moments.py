@@ -14,6 +14,7 @@ from .._tree import (
     increment,
     map_leaves,
     scalar_dtype,
+    schedule_step,
     zeros_like_params,
 )
 from .bias_correction import BiasCorrection, LogProduct, beta_at, init_log_product
@@ -27,6 +28,15 @@ def _init_key(mu_dtype: Any, nu_dtype: Any, stochastic_rounding: bool, seed: int
     dtypes = [jnp.dtype(dtype) for dtype in (mu_dtype, nu_dtype) if dtype is not None]
     narrow = any(dtype != compute_dtype(dtype) for dtype in dtypes)
     return jax.random.PRNGKey(seed) if stochastic_rounding and narrow else None
+
+
+def _step_key(key: Any, count: jax.Array) -> Any:
+    """The random key of a step; None if nothing is rounded stochastically."""
+    if key is None:
+        return None
+    if jnp.issubdtype(key.dtype, jnp.floating):  # an average of two states
+        key = key.astype(jnp.uint32)
+    return jax.random.fold_in(key, schedule_step(count))
 
 
 def _cast_moments(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
@@ -160,7 +170,7 @@ def scale_by_adam(
         dtype = scalar_dtype((updates, state.mu))
         beta1 = beta_at("b1", b1, bias_correction, state.count, state.log_b1, dtype)
         beta2 = beta_at("b2", b2, bias_correction, state.count, state.log_b2, dtype)
-        key = None if state.key is None else jax.random.fold_in(state.key, state.count)
+        key = _step_key(state.key, state.count)
 
         def leaf(i, g, mu, nu):
             g = g.astype(compute_dtype(g.dtype))
@@ -313,7 +323,7 @@ def scale_by_amsgrad(
         dtype = scalar_dtype((updates, state.mu))
         beta1 = beta_at("b1", b1, mode_mu, state.count, state.log_b1, dtype)
         beta2 = beta_at("b2", b2, mode_nu, state.count, state.log_b2, dtype)
-        key = None if state.key is None else jax.random.fold_in(state.key, state.count)
+        key = _step_key(state.key, state.count)
 
         def leaf(i, g, mu, nu, nu_max):
             g = g.astype(compute_dtype(g.dtype))

@@ -12,6 +12,7 @@ from .._tree import (
     compute_dtype,
     increment,
     map_leaves,
+    schedule_step,
     zeros_like_params,
 )
 
@@ -73,7 +74,7 @@ def trace(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        mu = decay(state.step) if callable(decay) else decay
+        mu = decay(schedule_step(state.step)) if callable(decay) else decay
 
         def leaf(_, g, buffer):
             g = g.astype(compute_dtype(g.dtype))

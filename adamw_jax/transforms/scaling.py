@@ -9,7 +9,13 @@ import optax
 
 from .._checks import check_params, check_scalar
 from .._transformation import Transformation
-from .._tree import ScalarOrSchedule, compute_dtype, increment, map_leaves
+from .._tree import (
+    ScalarOrSchedule,
+    compute_dtype,
+    increment,
+    map_leaves,
+    schedule_step,
+)
 from ..masks import Mask, leaf_flags, resolve_mask
 
 
@@ -41,7 +47,7 @@ def scheduled(
         del extra_args
         if needs_params:
             check_params(params)
-        current = value(state.step) if callable(value) else value
+        current = value(schedule_step(state.step)) if callable(value) else value
         selected = None if mask is None else leaf_flags(mask, params, updates)
 
         def leaf(i, u, p=None):

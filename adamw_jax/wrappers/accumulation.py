@@ -15,6 +15,7 @@ from .._tree import (
     increment,
     map_leaves,
     scalar_dtype,
+    schedule_step,
     zeros_like_params,
 )
 from ..apply import describe_step, update_and_apply
@@ -125,7 +126,7 @@ def accumulate_gradients(
         total = jnp.where(opens, 0.0, state.weight) + jnp.where(counts, weight, 0.0)
 
         # Not ==: a schedule may shrink the window below the number it already holds.
-        k = jnp.asarray(window(state.step), jnp.int32)
+        k = jnp.asarray(window(schedule_step(state.step)), jnp.int32)
         closes = (state.micro_step + 1 >= k) | jnp.asarray(last, bool)
         runs = closes & (total > 0)
         # Dividing in the pass of the last sum costs no pass of its own.
