@@ -135,7 +135,9 @@ def _find_files(path: Path) -> list[tuple[Path, bytes]]:
     layouts = [
         [[form.format(s) for s in split] for split in SPLITS] for form in LAYOUTS
     ]
-    candidates: list[str] = [name for names in layouts for split in names for name in split]
+    candidates: list[str] = [
+        name for names in layouts for split in names for name in split
+    ]
     incomplete = []
     for location in (path, *(path / name for name in SUBFOLDERS)):
         files = _read_files(location, candidates)
