@@ -19,7 +19,9 @@ def test_tables_are_those_of_the_results():
     """No number in the README was typed by hand."""
     text = README.read_text("utf-8")
     for name in ("compare-digits", "compare-cifar10"):
-        results = (README.parent / "docs" / "results" / name / "results.md").read_text("utf-8")
+        results = (README.parent / "docs" / "results" / name / "results.md").read_text(
+            "utf-8"
+        )
         table = re.findall(r"^\|.*\n", results, re.MULTILINE)
         assert len(table) == 7 and "".join(table) in text
         finding = re.findall(r"\*\*(.*)\*\*", results)[-1]
