@@ -1,5 +1,5 @@
 # Two commands on a fresh machine with Python >= 3.11: `make demo` and `make test`.
-# Each makes the environment in .venv if it is not there yet; both can be run again.
+# Each creates the environment in .venv if there is none yet; both can be run again.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,28 +8,50 @@ BIN := $(VENV)/bin
 # without it in the demo: make demo TORCH=
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# A file of tests stays on one worker, which then compiles its programs once.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
+# `make check` tests what differs from this commit: make check BASE=main
+BASE ?= HEAD
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test test-slow test-all check lint docs notebooks clean
 
 # Train five optimizers on real data, tune each, and draw the comparison (2 minutes).
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m train.compare
 
-# Everything that must hold: doctests, library against PyTorch, scripts on tiny data.
+# The quick tier: every test that is not marked slow, a few examples a property.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --numprocesses auto
+	$(PYTEST) -m "not slow"
+
+# What `make test` leaves out: slow tests, and properties with all of their examples.
+test-slow: $(VENV)/test.stamp
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile full
+
+# Everything, in one run.
+test-all: $(VENV)/test.stamp
+	$(PYTEST) --hypothesis-profile full
+
+# The loop of the day, under a minute: lint, types, and the tests of what changed.
+check: lint
+	tests="$$($(BIN)/python tests/changed.py $(BASE))" && \
+	{ test -z "$$tests" || $(BIN)/python -m pytest -m "not slow" $$tests; }
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
+# Copy the result pages into the documentation pages that include them.
+docs: $(VENV)/bin/python
+	$(BIN)/python docs/include.py
+
 # The notebooks from end to end, with a tiny network and random images.
 notebooks: $(VENV)/test.stamp
 	ADAMW_JAX_TINY=1 $(BIN)/python -m pytest --nbmake colab/*.ipynb
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .cache
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \

@@ -2,22 +2,22 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import lr_finder as lr_finder
+from ._transformation import Transformation as Transformation
 from .apply import apply_updates as apply_updates
+from .apply import describe_step as describe_step
 from .apply import update_and_apply as update_and_apply
+from .fused.adamw import adamw as adamw
 from .hyperparams import HyperparamsState as HyperparamsState
 from .hyperparams import current_hyperparams as current_hyperparams
 from .hyperparams import override_hyperparams as override_hyperparams
 from .hyperparams import with_hyperparams as with_hyperparams
-from .masks import FreezeState as FreezeState
 from .masks import describe_mask as describe_mask
-from .masks import freeze as freeze
 from .masks import labels_by_path as labels_by_path
 from .masks import mask_by as mask_by
 from .masks import mask_by_path as mask_by_path
 from .masks import no_decay_on_bias_and_norm as no_decay_on_bias_and_norm
-from .masks import scale_by_group as scale_by_group
 from .optimizers import adam as adam
-from .optimizers import adamw as adamw
 from .optimizers import amsgrad as amsgrad
 from .optimizers import sgd as sgd
 from .pytorch.names import Layout as Layout
@@ -32,28 +32,32 @@ from .pytorch.state import from_torch_state_dict as from_torch_state_dict
 from .pytorch.state import params_from_torch_state_dict as params_from_torch_state_dict
 from .pytorch.state import params_to_torch_state_dict as params_to_torch_state_dict
 from .pytorch.state import to_torch_state_dict as to_torch_state_dict
+from .schedules.cycles import cosine_restarts as cosine_restarts
+from .schedules.cycles import one_cycle as one_cycle
+from .schedules.cycles import one_cycle_plateau as one_cycle_plateau
+from .schedules.cycles import one_cycle_torch as one_cycle_torch
+from .schedules.cycles import range_test as range_test
 from .schedules.phases import Phase as Phase
 from .schedules.phases import Phases as Phases
-from .schedules.phases import cosine_restarts as cosine_restarts
-from .schedules.phases import one_cycle as one_cycle
-from .schedules.phases import one_cycle_plateau as one_cycle_plateau
-from .schedules.phases import one_cycle_torch as one_cycle_torch
-from .schedules.phases import range_test as range_test
+from .transforms.chain import chain as chain
+from .transforms.clipping import clip_by_global_norm as clip_by_global_norm
+from .transforms.decay import add_decayed_weights as add_decayed_weights
+from .transforms.decay import add_l2_gradient as add_l2_gradient
+from .transforms.decay import normalized_weight_decay as normalized_weight_decay
+from .transforms.groups import FreezeState as FreezeState
+from .transforms.groups import freeze_leaves as freeze_leaves
+from .transforms.groups import scale_by_group as scale_by_group
 from .transforms.moments import ScaleByAdamState as ScaleByAdamState
 from .transforms.moments import ScaleByAmsgradState as ScaleByAmsgradState
-from .transforms.moments import TraceState as TraceState
-from .transforms.moments import add_decayed_weights as add_decayed_weights
-from .transforms.moments import add_l2_gradient as add_l2_gradient
-from .transforms.moments import clip_by_global_norm as clip_by_global_norm
-from .transforms.moments import normalized_weight_decay as normalized_weight_decay
 from .transforms.moments import scale_by_adam as scale_by_adam
 from .transforms.moments import scale_by_amsgrad as scale_by_amsgrad
-from .transforms.moments import scale_by_learning_rate as scale_by_learning_rate
-from .transforms.moments import trace as trace
+from .transforms.momentum import TraceState as TraceState
+from .transforms.momentum import trace as trace
 from .transforms.rounding import (
     round_updates_stochastically as round_updates_stochastically,
 )
 from .transforms.rounding import stochastic_round as stochastic_round
+from .transforms.scaling import scale_by_learning_rate as scale_by_learning_rate
 from .wrappers.accumulation import AccumulateState as AccumulateState
 from .wrappers.accumulation import accumulate_gradients as accumulate_gradients
 from .wrappers.accumulation import has_updated as has_updated
@@ -62,10 +66,10 @@ from .wrappers.eight_bit import QuantizedMomentsState as QuantizedMomentsState
 from .wrappers.eight_bit import dequantize_blockwise as dequantize_blockwise
 from .wrappers.eight_bit import quantize_blockwise as quantize_blockwise
 from .wrappers.eight_bit import quantize_moments as quantize_moments
-from .wrappers.packing import Flat as Flat
-from .wrappers.packing import flatten as flatten
-from .wrappers.packing import flatten_like as flatten_like
-from .wrappers.packing import unflatten as unflatten
+from .wrappers.packing import Packed as Packed
+from .wrappers.packing import pack as pack
+from .wrappers.packing import pack_like as pack_like
+from .wrappers.packing import unpack as unpack
 
 try:
     __version__ = version("adamw_jax")

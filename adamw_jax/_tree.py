@@ -1,8 +1,7 @@
 """Functions over the leaves of trees: names, checks that use them, maps."""
 
-import math
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,63 +28,6 @@ def path_string(path: tuple) -> str:
     return "/".join(part.lstrip(".") for part in parts)
 
 
-def is_static(x: Any) -> TypeGuard[float]:
-    """Whether the value is a Python or NumPy number, known while tracing."""
-    return isinstance(x, int | float | np.number)
-
-
-def check_scalar(
-    name: str,
-    value: Any,
-    *,
-    below: float = math.inf,
-    schedule: bool = False,
-) -> None:
-    """Raises unless value is a number in [0, below), or an array, or a schedule.
-
-    Arrays pass: a traced one has no number yet, and a concrete one comes from the
-    state at every update out of `jit`, where a schedule that ends at -1e-12 instead
-    of 0 must not stop a run. NaN and infinity never do.
-    """
-    if isinstance(value, jax.Array) and value.ndim == 0:
-        return
-    if callable(value):
-        if schedule:
-            return
-        raise TypeError(f"{name} must be a number, not a callable: got {value!r}")
-    if isinstance(value, bool | np.bool_) or np.ndim(value) != 0:
-        raise TypeError(f"{name} must be a scalar number, got {value!r}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-    # As it will be computed with: 1 - 1e-9 is 1 in float32.
-    rounded = (
-        float(np.asarray(number, jnp.result_type(float))) if below == 1 else number
-    )
-    if not (0 <= rounded < below):
-        allowed = "finite and >= 0" if below == math.inf else f"in [0, {below:g})"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def check_storage_dtype(name: str, dtype: Any) -> None:
-    if dtype is None:
-        return
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be None or a float dtype, got {dtype!r}"
-        ) from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be None or a float dtype, got {dtype.name}")
-
-
 def compute_dtype(dtype: Any) -> Any:
     """Arithmetic is done in float32, in float64 for float64 leaves."""
     x64 = dtype == jnp.float64 and jax.config.read("jax_enable_x64")
@@ -101,11 +43,6 @@ def scalar_dtype(tree: Any) -> Any:
 
 def increment(count: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(count))
-
-
-def need_params(params: Any) -> None:
-    if params is None:
-        raise ValueError("update needs the parameters: update(updates, state, params)")
 
 
 def zeros_like_params(params: Any, dtype: Any = None) -> Any:
@@ -141,6 +78,26 @@ def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
     return "; ".join(details) or (
         f"{jax.tree.structure(tree)} against {jax.tree.structure(reference)}"
     )
+
+
+def on_leaves(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of trees, such as a mask, that sees the leaves of a packed tree.
+
+    A container that keeps several leaves in one array (:class:`adamw_jax.Packed`) has
+    the method `evaluate_on_leaves`, which gives one value for each array.
+    """
+
+    def evaluate(params):
+        method = getattr(type(params), "evaluate_on_leaves", None)
+        return function(params) if method is None else method(params, name, function)
+
+    return evaluate
+
+
+def find_states(state: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    """The states of a kind inside an optimizer's state, outermost only."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
 def broadcast(name: str, mask: Any, params: Any) -> Any:

@@ -1,15 +1,19 @@
 """Hyperparameters in the state: one counter drives them, users read and change them."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._tree import ScalarOrSchedule, check_scalar, increment, scalar_dtype
+from ._checks import check_scalar
+from ._transformation import Transformation, step_with_factor
+from ._tree import ScalarOrSchedule, compute_dtype, find_states, increment, scalar_dtype
+from .apply import describe_step
 from .schedules.phases import Phases
 
 
@@ -18,15 +22,16 @@ class HyperparamsState(NamedTuple):
 
     step: jax.Array  # int32 []: updates done; the one counter of all schedules
     hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
-    left: jax.Array  # [n], by sorted name: the values as the last update left them
-    held: jax.Array  # bool [n]: overridden, what drives the value is ignored
+    # Both by sorted name; tuples, so that optax.tree.get finds each name once.
+    last_values: tuple[jax.Array, ...]  # the same as the last update stored them
+    overridden: tuple[jax.Array, ...]  # int32 [] each: 1 ignores the schedule
     inner_state: optax.OptState
 
 
 def with_hyperparams(
     factory: Callable[..., optax.GradientTransformation],
     **hyperparams: ScalarOrSchedule | Phases,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Keeps the hyperparameters of a transformation in its state.
 
     All schedules are read at one step counter. The state holds the values in force:
@@ -53,7 +58,8 @@ def with_hyperparams(
             value given for it here; `b1` drives `momentum` where there is no b1.
 
     Returns:
-        A transformation; additional arguments of `update` reach the inner one.
+        A transformation; additional arguments of `update` reach the inner one. It has
+        a `step` if the inner one has.
 
     Raises:
         ValueError: phases that set a hyperparameter which is not named here, or do not
@@ -73,94 +79,123 @@ def with_hyperparams(
         >>> {k: f"{v:.5f}" for k, v in current_hyperparams(state).items()}
         {'b1': '0.95000', 'learning_rate': '0.00030'}
     """
-    drivers = _resolve(hyperparams)
-    names = sorted(drivers)
-    # Bad arguments are refused now, not at init: the factory sees the first values.
-    factory(**{name: _number(driver) for name, driver in drivers.items()})
+    if not hyperparams:
+        raise ValueError("with_hyperparams needs at least one hyperparameter, got none")
+    schedules = _resolve_phases(hyperparams)
+    names = sorted(schedules)
+    # The factory sees the first values now, so bad arguments are refused at once.
+    example = factory(**{name: _first_value(x) for name, x in schedules.items()})
 
-    def driven(step, dtype):
-        """What the drivers say at a step; copies, so that the state can be donated."""
+    def scheduled_values(step, dtype):
+        """Copies, so that the state can be donated."""
 
-        def value(driver):
-            return jnp.array(driver(step) if callable(driver) else driver, dtype)
+        def value(schedule):
+            return jnp.array(schedule(step) if callable(schedule) else schedule, dtype)
 
-        return {name: value(drivers[name]) for name in names}
+        return {name: value(schedules[name]) for name in names}
 
-    def left(values):
-        return jnp.stack([values[name] for name in names])
+    def copies(values):  # so that both can be donated
+        return tuple(jnp.copy(values[name]) for name in names)
 
     def init(params):
         step = jnp.zeros([], jnp.int32)
-        values = driven(step, scalar_dtype(params))
-        held = jnp.zeros(len(names), bool)
+        values = scheduled_values(step, scalar_dtype(params))
+        overridden = tuple(jnp.zeros([], jnp.int32) for _ in names)
         inner_state = factory(**values).init(params)
-        return HyperparamsState(step, values, left(values), held, inner_state)
+        return HyperparamsState(step, values, copies(values), overridden, inner_state)
 
-    def update(updates, state, params=None, **extra_args):
-        dtype = state.left.dtype
-        there = {k: jnp.asarray(v, dtype) for k, v in state.hyperparams.items()}
-        held = state.held | (left(there) != state.left)  # changed by hand: it holds
+    def before(state):
+        """The inner transformation of this step, and what completes the new state."""
+        (dtype,) = {compute_dtype(x.dtype) for x in state.last_values}
+        stored = {k: jnp.asarray(v, dtype) for k, v in state.hyperparams.items()}
+        flags = zip(names, state.last_values, state.overridden, strict=True)
+        overridden = tuple(
+            flag | _differ(stored[name], last) for name, last, flag in flags
+        )
 
-        def in_force(step):
-            values = driven(step, dtype)
+        def current_values(step):
+            values = scheduled_values(step, dtype)
             return {
-                name: jnp.where(held[i], there[name], values[name])
-                for i, name in enumerate(names)
+                name: jnp.where(flag != 0, stored[name], values[name])
+                for name, flag in zip(names, overridden, strict=True)
             }
 
+        def after(inner_state):
+            step = increment(state.step)
+            values = current_values(step)
+            return HyperparamsState(
+                step, values, copies(values), overridden, inner_state
+            )
+
         # Read again, since the optimizer may have been built anew around the state.
-        inner = optax.with_extra_args_support(factory(**in_force(state.step)))
-        updates, inner_state = inner.update(
+        return factory(**current_values(state.step)), after
+
+    def update(updates, state, params=None, **extra_args):
+        inner, after = before(state)
+        updates, inner_state = optax.with_extra_args_support(inner).update(
             updates, state.inner_state, params, **extra_args
         )
-        step = increment(state.step)
-        following = in_force(step)
-        return updates, HyperparamsState(
-            step, following, left(following), held, inner_state
+        return updates, after(inner_state)
+
+    def step(grads, state, params, *, factor=None, **extra_args):
+        inner, after = before(state)
+        params, inner_state = step_with_factor(
+            inner, grads, state.inner_state, params, factor, **extra_args
         )
+        return params, after(inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def factor(grads, state):
+        inner, after = before(state)
+        scale, inner_state = cast(Transformation, inner).factor(
+            grads, state.inner_state
+        )
+        return scale, after(inner_state)
+
+    can = {"step": step, "factor": factor}
+    return Transformation(
+        init,
+        update,
+        factory=factory,
+        hyperparams=schedules,
+        describe_step=functools.partial(describe_step, example),
+        **{name: can[name] for name in can if hasattr(example, name)},
+    )
 
 
-def _resolve(hyperparams: dict[str, Any]) -> dict[str, Any]:
+def _resolve_phases(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """Replaces phases by their schedule for each hyperparameter that they set."""
-    drivers = dict(hyperparams)
+    schedules = dict(hyperparams)
     given = {k: v for k, v in hyperparams.items() if isinstance(v, Phases)}
     if any(phases is not next(iter(given.values())) for phases in given.values()):
         raise ValueError(f"{' and '.join(given)} were given different phases")
     for given_for, phases in given.items():
         for name in phases.names:
-            target = driven_name(name, drivers)
-            if target not in drivers:
+            target = scheduled_name(name, schedules)
+            if target not in schedules:
                 raise ValueError(
                     f"the phases set {name}, which is not a hyperparameter here; "
-                    f"there are {', '.join(sorted(drivers))}"
+                    f"there are {', '.join(sorted(schedules))}"
                 )
-            drivers[target] = phases.schedule(name)
-        if isinstance(drivers[given_for], Phases):
+            schedules[target] = phases.schedule(name)
+        if isinstance(schedules[given_for], Phases):
             raise ValueError(f"{given_for} was given phases that do not set it")
-    return drivers
+    return schedules
 
 
-def driven_name(name: str, hyperparams: dict[str, Any]) -> str:
+def scheduled_name(name: str, hyperparams: dict[str, Any]) -> str:
     """What phases call b1 is the momentum of SGD."""
     takes_momentum = "b1" not in hyperparams and "momentum" in hyperparams
     return "momentum" if name == "b1" and takes_momentum else name
 
 
-def _number(driver: Any) -> Any:
-    """The first value, as a number where it is one, so that it can be checked."""
-    if callable(driver):
+def _first_value(schedule: Any) -> Any:
+    """The value at step 0, as a number where it is one, so that it can be checked."""
+    if callable(schedule):
         with jax.ensure_compile_time_eval():
-            driver = driver(jnp.zeros([], jnp.int32))
-    if isinstance(driver, jax.Array) and not isinstance(driver, jax.core.Tracer):
-        return np.asarray(driver)[()]
-    return driver
-
-
-def _states(state: Any) -> list[HyperparamsState]:
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, HyperparamsState))
-    return [leaf for leaf in leaves if isinstance(leaf, HyperparamsState)]
+            schedule = schedule(jnp.zeros([], jnp.int32))
+    if isinstance(schedule, jax.Array) and not isinstance(schedule, jax.core.Tracer):
+        return np.asarray(schedule)[()]
+    return schedule
 
 
 def current_hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
@@ -186,7 +221,7 @@ def current_hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
         >>> [f"{k}={v:.3f}" for k, v in current_hyperparams(state).items()]
         ['b1=0.900', 'b2=0.999', 'learning_rate=0.001', 'weight_decay=0.100']
     """
-    found = _states(state)
+    found = find_states(state, HyperparamsState)
     if len(found) != 1:
         raise ValueError(
             f"the state holds the hyperparameters of {len(found)} optimizers, not 1"
@@ -230,17 +265,18 @@ def override_hyperparams(
         if not isinstance(node, HyperparamsState):
             return node
         new, names = dict(node.hyperparams), sorted(node.hyperparams)
-        left, held = node.left, node.held
+        last, overridden = list(node.last_values), list(node.overridden)
         for name, value in values.items():
             if name not in new:
                 raise ValueError(f"no hyperparameter {name}; there are {names}")
             i = names.index(name)
             if value is not None:
                 _check_override(name, value, new[name])
-                new[name] = _set(new[name], ..., value)
-                left = _set(left, (..., i), value)
-            held = _set(held, (..., i), value is not None)
-        return node._replace(hyperparams=new, left=left, held=held)
+                new[name], last[i] = _fill(new[name], value), _fill(last[i], value)
+            overridden[i] = _fill(overridden[i], value is not None)
+        return node._replace(
+            hyperparams=new, last_values=tuple(last), overridden=tuple(overridden)
+        )
 
     return jax.tree.map(
         override, state, is_leaf=lambda x: isinstance(x, HyperparamsState)
@@ -254,8 +290,13 @@ def _check_override(name: str, value: Any, old: Any) -> None:
     check_scalar(name, value, below=1 if name in ("b1", "b2", "momentum") else math.inf)
 
 
-def _set(old: Any, where: Any, value: Any) -> Any:
-    """A copy with the value at an index; also inside a Variable of nnx.Optimizer."""
+def _fill(old: Any, value: Any) -> Any:
+    """The value in the place of another; also inside a Variable of nnx.Optimizer."""
     return jax.tree.map(
-        lambda x: jnp.asarray(x).at[where].set(jnp.asarray(value, x.dtype)), old
+        lambda x: jnp.asarray(x).at[...].set(jnp.asarray(value, x.dtype)), old
     )
+
+
+def _differ(value: jax.Array, last: jax.Array) -> jax.Array:
+    """int32: whether a value was changed by hand. A NaN is no change of a NaN."""
+    return ((value != last) & ~(jnp.isnan(value) & jnp.isnan(last))).astype(jnp.int32)

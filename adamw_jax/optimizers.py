@@ -1,42 +1,24 @@
 """Optimizers: short chains of transformations, hyperparameters in the state."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._tree import (
-    ScalarOrSchedule,
-    check_choice,
-    check_scalar,
-    compute_dtype,
-    increment,
-    is_static,
-    map_leaves,
-    need_params,
-    scalar_dtype,
-)
-from .apply import NewParams, Scaled, multiplied
-from .fused.kernel import is_available, one_pass
-from .hyperparams import driven_name, with_hyperparams
-from .masks import Mask, leaf_flags
+from ._checks import check_choice, check_scalar, is_static
+from ._transformation import Transformation
+from ._tree import ScalarOrSchedule
+from .hyperparams import scheduled_name, with_hyperparams
+from .masks import Mask
 from .schedules.phases import Phases
-from .transforms.moments import (
-    AmsgradConvention,
-    BiasCorrection,
-    ScaleByAdamState,
-    _beta_at,
-    add_decayed_weights,
-    add_l2_gradient,
-    scale_by_adam,
-    scale_by_amsgrad,
-    scale_by_learning_rate,
-    trace,
-)
+from .transforms.bias_correction import BiasCorrection
+from .transforms.chain import chain
+from .transforms.decay import add_decayed_weights, add_l2_gradient
+from .transforms.moments import AmsgradConvention, scale_by_adam, scale_by_amsgrad
+from .transforms.momentum import trace
+from .transforms.scaling import scale_by_learning_rate
 
 DecayScale = Literal["learning_rate", "schedule"]
 LearningRate = ScalarOrSchedule | Phases
@@ -59,7 +41,7 @@ def adam(
     epsilon_hat: bool = False,
     stochastic_rounding: bool = True,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Adam, optionally with L2 regularisation in the gradient.
 
     $$ g_t \leftarrow g_t + \lambda_2 p_t, \qquad
@@ -114,8 +96,8 @@ def adam(
     """
     decay = _decay(learning_rate, l2=l2)
 
-    def chain(learning_rate, b1, b2, weight_decay=None):
-        return optax.chain(
+    def build(learning_rate, b1, b2, weight_decay=None):
+        return chain(
             *_in_front(maximize, weight_decay, mask),
             scale_by_adam(
                 b1,
@@ -133,7 +115,7 @@ def adam(
             scale_by_learning_rate(learning_rate),
         )
 
-    return _drive(adam, chain, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
+    return _drive(adam, build, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
 
 
 def adamw(
@@ -155,7 +137,7 @@ def adamw(
     epsilon_hat: bool = False,
     stochastic_rounding: bool = True,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Adam with decoupled weight decay.
 
     $$ p_{t+1} = p_t - \eta_t \Big( \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
@@ -229,8 +211,8 @@ def adamw(
     _check_decay("weight_decay", weight_decay)
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
 
-    def chain(learning_rate, b1, b2, weight_decay):
-        links = optax.chain(
+    def build(learning_rate, b1, b2, weight_decay):
+        return chain(
             *_in_front(maximize),
             scale_by_adam(
                 b1,
@@ -248,22 +230,10 @@ def adamw(
             add_decayed_weights(weight_decay / base, mask),
             scale_by_learning_rate(learning_rate),
         )
-        if nesterov or epsilon_hat:
-            return links
-
-        def betas(state, dtype):
-            step, log_b1, log_b2 = state.count, state.log_b1, state.log_b2
-            return (
-                _beta_at("b1", b1, bias_correction, step, log_b1, dtype),
-                _beta_at("b2", b2, bias_correction, step, log_b2, dtype),
-            )
-
-        others = eps, eps_root, learning_rate, weight_decay / base
-        return _in_one_pass(links, betas, others, mask, maximize)
 
     return _drive(
         adamw,
-        chain,
+        build,
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,
@@ -293,7 +263,7 @@ def amsgrad(
     epsilon_hat: bool = False,
     stochastic_rounding: bool = True,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""AMSGrad, with L2 in the gradient or decoupled weight decay.
 
     $$ p_{t+1} = p_t - \eta_t \Big( \frac{\hat m_t}{\sqrt{\max_{s\le t} v_s / c_2}
@@ -349,8 +319,8 @@ def amsgrad(
     base = _base_learning_rate(decay_scale, learning_rate, base_learning_rate)
     in_gradient = _is_given(l2)
 
-    def chain(learning_rate, b1, b2, weight_decay=None):
-        return optax.chain(
+    def build(learning_rate, b1, b2, weight_decay=None):
+        return chain(
             *_in_front(maximize, weight_decay if in_gradient else None, mask),
             scale_by_amsgrad(
                 b1,
@@ -371,7 +341,7 @@ def amsgrad(
             scale_by_learning_rate(learning_rate),
         )
 
-    return _drive(amsgrad, chain, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
+    return _drive(amsgrad, build, learning_rate=learning_rate, b1=b1, b2=b2, **decay)
 
 
 def sgd(
@@ -387,7 +357,7 @@ def sgd(
     base_learning_rate: float | None = None,
     maximize: bool = False,
     dampened: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""SGD with momentum, with L2 in the gradient or decoupled weight decay.
 
     $$ b_t = \mu b_{t-1} + g_t + \lambda_2 p_t, \qquad
@@ -442,74 +412,18 @@ def sgd(
     elif nesterov or dampened:
         raise ValueError("nesterov and dampened need a momentum, got momentum=None")
 
-    def chain(learning_rate, weight_decay=None, momentum=None):
+    def build(learning_rate, weight_decay=None, momentum=None):
         buffer = []
         if momentum is not None:
             buffer = [trace(momentum, nesterov, accumulator_dtype, dampened=dampened)]
-        return optax.chain(
+        return chain(
             *_in_front(maximize, weight_decay if in_gradient else None, mask),
             *buffer,
             *_behind(None if in_gradient else weight_decay, base, mask),
             scale_by_learning_rate(learning_rate),
         )
 
-    return _drive(sgd, chain, **hyperparams)
-
-
-def _in_one_pass(
-    links: optax.GradientTransformationExtraArgs,
-    betas: Callable,
-    others: tuple,
-    mask: Mask,
-    maximize: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """The links of AdamW, computed leaf by leaf where `update_and_apply` asks for it.
-
-    The state is that of the links, whichever way it is updated.
-    """
-    place = 1 if maximize else 0  # of the moments among the links
-
-    def update(
-        updates, state, params=None, *, _apply=False, **extra_args
-    ) -> tuple[Any, Any]:
-        # `is`: a wrapper that traces its arguments makes an array of it.
-        if _apply is not True or state[place].key is not None or not is_available():
-            return links.update(multiplied(updates), state, params, **extra_args)
-        factor = 1.0
-        if isinstance(updates, Scaled):
-            updates, factor = updates.updates, updates.factor
-        need_params(params)
-        moments = state[place]
-        beta1, beta2 = betas(moments, scalar_dtype((updates, moments.mu)))
-        # -g in m is g with another weight, and in v it is g.
-        rest1 = -beta1.rest if maximize else beta1.rest
-        selected = leaf_flags(mask, params, updates)
-
-        @functools.cache  # the same vectors for all leaves
-        def scalars(dtype, decays):
-            *rest, weight_decay = others
-            values = (
-                *(beta1.decay, rest1, beta1.correction),
-                *(beta2.decay, beta2.rest, beta2.correction),
-                *(*rest, weight_decay if decays else 0.0, factor),
-            )
-            return jnp.stack([jnp.asarray(x, dtype) for x in values])
-
-        def leaf(i, g, mu, nu, p):
-            decays = bool(selected[i])
-            vector = scalars(jnp.dtype(compute_dtype(g.dtype)), decays)
-            p, mu, nu = one_pass(p, mu, nu, g, vector, decays)
-            return None, mu, nu, p
-
-        trees = {"state.mu": moments.mu, "state.nu": moments.nu, "params": params}
-        _, mu, nu, new_params = map_leaves(leaf, updates, trees, carried=3)
-        moments = ScaleByAdamState(
-            increment(moments.count), mu, nu, beta1.log_product, beta2.log_product
-        )
-        state = (*state[:place], moments, *state[place + 1 :])
-        return NewParams(new_params, params), state
-
-    return optax.GradientTransformationExtraArgs(links.init, update)
+    return _drive(sgd, build, **hyperparams)
 
 
 def _in_front(maximize: bool, l2: Any = None, mask: Mask = None) -> list:
@@ -580,14 +494,12 @@ def _base_learning_rate(
     return base
 
 
-def _drive(
-    optimizer: Callable, chain: Callable, **hyperparams: Any
-) -> optax.GradientTransformationExtraArgs:
+def _drive(optimizer: Callable, chain: Callable, **hyperparams: Any) -> Transformation:
     """`with_hyperparams`, where phases must not silently replace what the user gave."""
     parameters = inspect.signature(optimizer).parameters
     phases = next((v for v in hyperparams.values() if isinstance(v, Phases)), None)
     for name in phases.names if phases else ():
-        target = driven_name(name, hyperparams)
+        target = scheduled_name(name, hyperparams)
         value = hyperparams.get(target)
         default = parameters[target].default if target in parameters else 0.0
         unset = value is None or (is_static(value) and value == default)

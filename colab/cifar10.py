@@ -17,15 +17,15 @@
 #
 # `train/cifar10.py` on a GPU or a TPU: the wide residual network of fast.ai's article
 # [AdamW and Super-convergence](https://www.fast.ai/posts/2018-07-02-adam-weight-decay.html)
-# of 2018, trained with AdamW and 1cycle for 18 epochs and judged with test-time
-# augmentation. A batch is split over all devices, the cores of a TPU too. On Colab, the
-# device is under *Runtime > Change runtime type*.
+# of 2018, trained with AdamW and 1cycle for 18 epochs and evaluated with test-time
+# augmentation. Batches are split over all devices, including the cores of a TPU. On
+# Colab, choose the device under *Runtime > Change runtime type*.
 
 # %% [markdown]
 # **Install.** On Colab this clones the repository and installs what is missing, but
-# leaves Colab's own jax as it is, since that one fits the device; it must be 0.10 or
-# later. Anywhere else the notebook uses the checkout that it is in. `OWNER`, here and
-# in the badge, is to be an account on GitHub: the repository has no public address yet.
+# keeps Colab's own jax, which fits the device; it must be 0.10 or later. Anywhere else
+# the notebook uses its own checkout. `OWNER`, here and in the badge, stands for an
+# account on GitHub: the repository has no public address yet.
 
 # %%
 import dataclasses
@@ -47,8 +47,8 @@ if "google.colab" in sys.modules:
 sys.path.insert(0, str(root))
 
 # %% [markdown]
-# **Devices.** On a CPU every core is one, as far as they divide a batch. Compiled
-# programs are kept in `~/.cache`.
+# **Devices.** On a CPU every core is a device, if their number divides a batch.
+# Compiled programs are kept in `~/.cache`.
 
 # %%
 import jax
@@ -67,7 +67,7 @@ print({name: version(name) for name in ("adamw_jax", "jax", "flax")}, jax.device
 
 # %%
 size = {}  # {"blocks": 1, "width": 16} is a smaller network
-data_dir = Path.home() / ".cache" / "adamw_jax"  # where the publisher's archive goes
+data_dir = Path.home() / ".cache" / "adamw_jax"  # of the publisher's archive
 out, name = root / "runs", "colab"  # other settings need another name
 
 # %% [markdown]
@@ -78,12 +78,11 @@ if "ADAMW_JAX_TINY" in os.environ:
     folder, data_dir, batch = TemporaryDirectory(), None, 4 * jax.device_count()
     out, size = Path(folder.name), {"blocks": 1, "width": 4, "batch_size": batch}
     x = np.random.default_rng(0).integers(0, 256, (20 * batch, 32, 32, 3), np.uint8)
-    images = data.Images(x, np.arange(len(x), dtype=np.int32) % 10)
-    data.read_cifar10 = lambda _: (images, data.Images(x[:batch], images.y[:batch]))
+    data.read_cifar10 = lambda _: 2 * [data.Images(x, np.arange(len(x)) % 10)]
 
 # %% [markdown]
-# **Data.** The publisher's archive, 170 MB, unless it is there already. `train/data.py`
-# checks the MD5 of every file in it.
+# **Data.** Downloads the publisher's archive, 170 MB, unless it exists.
+# `train/data/cifar10.py` checks the MD5 of every file in it.
 
 # %%
 if data_dir and not (archive := data_dir / "cifar-10-python.tar.gz").exists():
@@ -92,7 +91,7 @@ if data_dir and not (archive := data_dir / "cifar-10-python.tar.gz").exists():
     archive.with_suffix(".part").rename(archive)
 
 # %% [markdown]
-# **Run.** Interrupted, the same cell goes on from the last epoch that was saved in
+# **Run.** If it is interrupted, the same cell resumes from the last epoch saved in
 # `runs/colab`. (Colab's disk is lost with its machine.) The other recipes are in
 # `cifar10.RECIPES`; 5 seeds are five networks, as in the averages of the article.
 
@@ -101,10 +100,10 @@ changes = {"data_dir": data_dir, "out": out, "name": name, "seeds": 1, **size}
 results = cifar10.main(dataclasses.replace(cifar10.RECIPES["adamw-18-tta"], **changes))
 
 # %% [markdown]
-# **Result**, the accuracy on the test images beside the article's.
+# **Result.** The cell above ends with the accuracy on the test images, beside the
+# article's. Loss, accuracy and learning rate, epoch by epoch:
 
 # %%
-print(f"{results['accuracy']['mean']:.2f} %, in the article {results['article']}")
 Image(filename=str(out / name / "curves.png"))
 
 # %% [markdown]

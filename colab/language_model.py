@@ -18,14 +18,14 @@
 # `train/language_model.py` on a GPU or a TPU: the AWD-LSTM or AWD-QRNN of fast.ai's
 # article
 # [AdamW and Super-convergence](https://www.fast.ai/posts/2018-07-02-adam-weight-decay.html)
-# of 2018, judged without and with the neural cache, and text by what was trained. On
-# Colab, the device is under *Runtime > Change runtime type*.
+# of 2018, evaluated without and with the neural cache, and text that it generates. On
+# Colab, choose the device under *Runtime > Change runtime type*.
 
 # %% [markdown]
 # **Install.** On Colab this clones the repository and installs what is missing, but
-# leaves Colab's own jax as it is, since that one fits the device; it must be 0.10 or
-# later. Anywhere else the notebook uses the checkout that it is in. `OWNER`, here and
-# in the badge, is to be an account on GitHub: the repository has no public address yet.
+# keeps Colab's own jax, which fits the device; it must be 0.10 or later. Elsewhere, the
+# notebook uses the checkout that contains it. `OWNER`, here and in the badge, stands
+# for an account on GitHub: the repository has no public address yet.
 
 # %%
 import dataclasses
@@ -56,16 +56,16 @@ print({name: version(name) for name in ("adamw_jax", "jax", "flax")}, jax.device
 
 # %% [markdown]
 # **Settings.** Without a folder, the text is the documentation that comes with Python
-# and the network is small: two minutes on a CPU. With one that has
-# `wiki.{train,valid,test}.tokens` it is the article's, in 90 epochs of WikiText-2; with
-# one that has `{train,valid,test}.txt` it is trained on a text of your own.
+# and the network is small: two minutes on a CPU. A folder with
+# `wiki.{train,valid,test}.tokens` trains the article's network for 90 epochs of
+# WikiText-2; one with `{train,valid,test}.txt` trains it on your own text.
 
 # %%
 model, recipe, data_dir = "lstm", "adam-l2", None  # or Path("wikitext-2")
 out = root / "runs"
 
 # %% [markdown]
-# For the tests only: a tiny network, one epoch; nothing is kept.
+# For the tests only: a tiny network and one epoch, without keeping anything.
 
 # %%
 config = language_model.defaults(model, recipe, small=data_dir is None)
@@ -75,23 +75,24 @@ if "ADAMW_JAX_TINY" in os.environ:
     config = dataclasses.replace(config, **tiny, epochs=1, batch_size=200, bptt=5)
 
 # %% [markdown]
-# **Train.** Interrupt it and run the cell again: it goes on from its last checkpoint.
+# **Train.** If you interrupt it, run the cell again: it resumes from its last
+# checkpoint.
 
 # %%
 config = dataclasses.replace(config, data_dir=data_dir, out=out)
 results = language_model.main(config)
-run = out / language_model.name_of(config)
+run = out / language_model.run_name(config)
 Image(str(run / "curves.png"))
 
 # %% [markdown]
-# **The neural cache**, tuned on the validation text: a word that was seen a while ago
-# is likely to come again.
+# **The neural cache**, tuned on the validation text: recent words are likely to
+# appear again.
 
 # %%
 tuned = tune_cache.main(tune_cache.Config(run))
 
 # %% [markdown]
-# **Read** what was trained.
+# **Generate** text.
 
 # %%
 texts = generate.main(generate.Config(run, prompt="the value of the", tokens=150))

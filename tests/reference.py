@@ -1,6 +1,6 @@
-"""The update rules in float64 NumPy, written from the papers, one loop each.
+"""The update rules as float64 NumPy loops, written from the papers.
 
-And the loop in JAX that is held against them and PyTorch, and its compiled step.
+Also the JAX loop that is compared with them and with PyTorch, and its compiled step.
 """
 
 import jax
@@ -10,7 +10,7 @@ import adamw_jax as aj
 
 
 def trajectory(tx, p, grads):
-    """The parameters after every step of a transformation, for given gradients."""
+    """The parameters after every step of a transformation with the given gradients."""
 
     def step(carry, g):
         p, state = carry
@@ -22,7 +22,7 @@ def trajectory(tx, p, grads):
 
 
 def compiled_update(tx, params):
-    """An update and its application, donated, for what XLA says of the program."""
+    """A compiled, donated update and its application, for XLA's analyses of it."""
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -51,7 +51,7 @@ def adam_loop(
     epsilon_hat=False,
     maximum=None,
 ):
-    """All parameters along the way; schedules are functions of the step from 0.
+    """Parameters after every step; schedules are functions of the step, from 0.
 
     maximum: None for Adam; "raw" (PyTorch's AMSGrad, and with correction="none" the
     paper's) or "corrected" (Optax's).
@@ -97,6 +97,7 @@ def sgd_loop(
     l2=0.0,
     weight_decay=0.0,
 ):
+    """Parameters after every step; schedules are functions of the step, from 0."""
     p = np.array(p0, np.float64)
     buffer = np.zeros_like(p)
     path = []

@@ -33,8 +33,7 @@ from train.data.pictures import Pictures
 from train.evals.classify import cross_entropy_and_accuracy, mean_of_views
 from train.evals.pictures import Predict, log_probabilities, predict, write_predictions
 from train.models import classifier, pretrained
-from train.plots import confusion
-from train.plots import pictures as plots
+from train.plots import confusion, curves
 from train.recipes import cars as recipe
 from train.recipes.cars import TTA_PASSES, Compiled, Config, Programs, State
 from train.run import checkpoint, devices
@@ -316,7 +315,7 @@ def print_progress(task: Task, line: dict[str, Any], seconds_left: float) -> Non
 def draw(run: Run, task: Task) -> None:
     schedule, path = task.programs.schedule, run.folder / "curves.png"
     epochs = schedule.total_steps // task.steps
-    plots.training(run.lines(), schedule, epochs, path, held_out="valid")
+    curves.plot_classifier(run.lines(), schedule, epochs, path, held_out="valid")
 
 
 def report(run: Run, task: Task) -> dict[str, Any]:

@@ -1,22 +1,22 @@
-"""A ResNet whose training begins in PyTorch, goes on in Flax, and ends in PyTorch.
+"""A ResNet that starts training in PyTorch, continues in Flax and ends in PyTorch.
 
     python -m train.continue_from_torch
     python -m train.continue_from_torch --dtype float32
 
-AdamW in two parameter groups, the second without decay and at half the rate, under
-OneCycleLR with cycled momentum. Each change of the library goes through a file, as
-torch.save writes it: weights, moments, step counts, rates. Beside it run the one that
-stayed in PyTorch, and one that takes the weights to Flax but not the moments.
+AdamW has two parameter groups, the second without decay and at half the learning rate,
+under OneCycleLR with cycled momentum. Each switch goes through a checkpoint file of
+torch.save with weights, moments, step counts and the scheduler. Two more runs serve for
+comparison: one stays in PyTorch, and one takes the weights to Flax but not the moments.
 
-In float64 the run that changes the library is the one that stayed. In float32 the
-rounding, which differs, grows from step to step.
+In float64 the switched run is the one that stays in PyTorch, up to rounding. In float32
+the rounding errors of the two libraries differ and grow from step to step.
 
-Writes results.json, results.md, losses.png and the two checkpoints into the folder of
-the run. The images are scikit-learn's digits, four times as large; nothing is
-downloaded.
+Writes results.json, results.md, losses.png and both checkpoints. The images are
+scikit-learn's digits, enlarged four times; nothing is downloaded.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,15 +26,20 @@ import numpy as np
 import optax
 import torch
 from flax import nnx
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import adamw_jax as aj
 from train.data import batches
 from train.data.digits import load_digits
 from train.models.resnet import Head, ResNet
+from train.plots.curves import plot_switches
+from train.recipes.check import check_options
 from train.references import resnet as torch_resnet
-from train.run import record, report
+from train.run import report
+from train.run.environment import environment
+from train.run.folder import new_folder
+from train.run.log import write_json
+from train.run.output import Output
 
 CLASSES = 10
 
@@ -44,24 +49,20 @@ CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Trains a small ResNet in two libraries by turns."""
+class Config(Output):
+    """Trains a small ResNet in PyTorch, in Flax, and in PyTorch again."""
 
     begin: int = 15  # steps in PyTorch
     middle: int = 20  # steps in Flax
     end: int = 15  # steps in PyTorch again
     architecture: str = "resnet18"
-    width: int = 8  # channels behind the first convolution
+    width: int = 8  # channels of the first convolution
     train_size: int = 512  # images
     batch_size: int = 32
-    learning_rate: float = 3e-3  # the peak
-    weight_decay: float = 0.1  # of kernels
+    learning_rate: float = 3e-3  # peak
+    weight_decay: float = 0.1  # of kernels only
     dtype: Literal["float64", "float32"] = "float64"
     seed: int = 0  # of weights and batches
-
-    out: Path = Path("runs")  # where the folder is made
-    name: str | None = None  # of the folder; None: with the time
-    overwrite: bool = False  # also a folder that exists
 
     @property
     def steps(self) -> int:
@@ -69,13 +70,12 @@ class Config:
 
 
 def check(c: Config) -> None:
-    for name in ("begin", "middle", "end"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)!r}")
-    if not 2 <= c.batch_size <= c.train_size:  # batch norm needs two
-        raise ValueError(
-            f"batch_size must be in [2, {c.train_size}], got {c.batch_size!r}"
-        )
+    rules = {
+        option: (getattr(c, option) >= 1, "at least 1")
+        for option in ("begin", "middle", "end")
+    }
+    sizes = (2 <= c.batch_size <= c.train_size, f"in [2, {c.train_size}]")
+    check_options(c, rules | {"batch_size": sizes})  # batch norm needs two
 
 
 # ---------------------------------------------------------------------------
@@ -86,10 +86,10 @@ def check(c: Config) -> None:
 class Data(NamedTuple):
     x: np.ndarray  # (images, 32, 32, 3)
     y: np.ndarray  # (images,)
-    order: np.ndarray  # (steps, batch_size): which images
+    order: np.ndarray  # (steps, batch_size) indices of images
 
 
-def read(c: Config) -> Data:
+def load_data(c: Config) -> Data:
     images = load_digits(c.train_size, 1).train
     x = images.x.reshape(-1, 8, 8, 1) / 16
     x = x.repeat(4, 1).repeat(4, 2).repeat(3, 3).astype(c.dtype)
@@ -100,7 +100,7 @@ def read(c: Config) -> Data:
 
 
 # ---------------------------------------------------------------------------
-# PyTorch: network, optimizer, schedule, steps
+# PyTorch
 # ---------------------------------------------------------------------------
 
 
@@ -110,7 +110,7 @@ def build_torch(c: Config):
     net = net.to(getattr(torch, c.dtype))
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the libraries draw other numbers
+            module.p = 0.0  # the libraries draw different random numbers
     named = list(net.named_parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -146,12 +146,12 @@ def save(path: Path, net, optimizer, scheduler) -> None:
 
 
 # ---------------------------------------------------------------------------
-# Flax: network, step, and what PyTorch has in its place
+# Flax, from and to PyTorch's checkpoints
 # ---------------------------------------------------------------------------
 
 
-class Net(nnx.Module):
-    """`torch_resnet.ResNet`."""
+class Network(nnx.Module):
+    """The twin of `torch_resnet.ResNet`."""
 
     def __init__(self, c: Config):
         dtype = jnp.dtype(c.dtype)
@@ -162,26 +162,26 @@ class Net(nnx.Module):
                 layer.rate = 0.0
 
     def __call__(self, x):
-        key = jax.random.key(0)  # of a dropout of nothing
+        key = jax.random.key(0)  # unused, since the dropout rate is 0
         return self.head(self.body(x, train=True), train=True, key=key)
 
 
 def rename(name: str) -> str:
-    """PyTorch's network has no name for its body, and its head is called fc."""
+    """In PyTorch the body has no name and the head is called fc."""
     return f"head.{name}" if name.startswith("fc.") else f"body.{name}"
 
 
-class Run(NamedTuple):
-    graphdef: Any
-    params: Any
-    stats: Any
-    tx: Any
-    state: Any
+class Training(NamedTuple):
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    stats: nnx.State
+    tx: optax.GradientTransformationExtraArgs
+    state: optax.OptState
 
 
-def load(c: Config, checkpoint: dict[str, Any]) -> Run:
-    """Everything that a checkpoint of PyTorch has, in Flax."""
-    net = nnx.eval_shape(lambda: Net(c))
+def from_torch(c: Config, checkpoint: dict[str, Any]) -> Training:
+    """All that a PyTorch checkpoint holds, in Flax."""
+    net = nnx.eval_shape(lambda: Network(c))
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, c.dtype),
         nnx.state(net, (nnx.Param, nnx.BatchStat)),
@@ -198,20 +198,24 @@ def load(c: Config, checkpoint: dict[str, Any]) -> Run:
         step=checkpoint["scheduler"]["last_epoch"],
         rename=rename,
     )
-    return Run(graphdef, params, stats, tx, state)
+    return Training(graphdef, params, stats, tx, state)
 
 
-def dump(run: Run, checkpoint: dict[str, Any], steps: int) -> dict[str, Any]:
-    """A checkpoint for PyTorch, from one of PyTorch that is some steps older."""
+def to_torch(
+    training: Training, checkpoint: dict[str, Any], steps: int
+) -> dict[str, Any]:
+    """The PyTorch checkpoint `steps` after the one that the training started from."""
     model = dict(checkpoint["model"])
     model |= aj.params_to_torch_state_dict(
-        nnx.merge_state(run.params, run.stats), list(model), rename=rename
+        nnx.merge_state(training.params, training.stats), list(model), rename=rename
     )
     for name in model:
         if name.endswith("num_batches_tracked"):
             model[name] = model[name] + steps
     groups = checkpoint["optimizer"]["param_groups"]
-    optimizer = aj.to_torch_state_dict(run.state, run.params, groups, rename=rename)
+    optimizer = aj.to_torch_state_dict(
+        training.state, training.params, groups, rename=rename
+    )
     scheduler = dict(checkpoint["scheduler"])
     scheduler["last_epoch"] += steps
     scheduler["_step_count"] += steps
@@ -219,11 +223,9 @@ def dump(run: Run, checkpoint: dict[str, Any], steps: int) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
 
-def build_step(run: Run):
-    tx = run.tx
-
+def build_step(training: Training):
     def loss_fn(params, stats, x, y):
-        net = nnx.merge(run.graphdef, params, stats, copy=True)
+        net = nnx.merge(training.graphdef, params, stats, copy=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(net(x), y)
         return losses.mean(), nnx.state(net, nnx.BatchStat)
 
@@ -232,21 +234,23 @@ def build_step(run: Run):
         (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             params, stats, x, y
         )
-        updates, state = tx.update(grads, state, params)
+        updates, state = training.tx.update(grads, state, params)
         return aj.apply_updates(params, updates), stats, state, loss
 
     return step
 
 
-def train_flax(step, run: Run, data: Data, steps: range) -> tuple[Run, list[float]]:
-    params, stats, state = run.params, run.stats, run.state
+def train_flax(
+    step, training: Training, data: Data, steps: range
+) -> tuple[Training, list[float]]:
+    params, stats, state = training.params, training.stats, training.state
     losses = []
     for index in data.order[steps.start : steps.stop]:
         params, stats, state, loss = step(
             params, stats, state, data.x[index], data.y[index]
         )
         losses.append(float(loss))
-    return run._replace(params=params, stats=stats, state=state), losses
+    return training._replace(params=params, stats=stats, state=state), losses
 
 
 # ---------------------------------------------------------------------------
@@ -254,9 +258,15 @@ def train_flax(step, run: Run, data: Data, steps: range) -> tuple[Run, list[floa
 # ---------------------------------------------------------------------------
 
 
-def weight_difference(net, stayed, start) -> float:
-    """The largest error of a weight, over the largest distance in its tensor."""
-    nets = (net, stayed, start)
+def weight_difference(net, reference, start) -> float:
+    """Largest error of a weight relative to the largest distance in its tensor.
+
+    Args:
+        net: after training with switches.
+        reference: after training in PyTorch alone.
+        start: before training.
+    """
+    nets = (net, reference, start)
     with torch.no_grad():
         return max(
             float((p - q).abs().max() / (q - p0).abs().max())
@@ -265,21 +275,25 @@ def weight_difference(net, stayed, start) -> float:
 
 
 def table(c: Config, results: dict[str, Any]) -> str:
-    head = ("step", "runs in", "loss", "stayed in PyTorch", "difference")
-    rows: list[tuple[str, ...]] = [(*head, "without the moments")]
-    changes = (0, c.begin, c.begin + c.middle, c.steps)
-    shown = {s for change in changes for s in (change - 1, change, change + 4)}
-    for step in sorted(s for s in shown if 0 <= s < c.steps):
-        there = step < c.begin or step >= c.begin + c.middle
+    rows: list[tuple[str, ...]] = [
+        ("step", "runs in", "loss", "stayed in PyTorch", "difference")
+        + ("without the moments",)
+    ]
+    first, last = c.begin, c.begin + c.middle
+    without_moments = dict(enumerate(results["without_moments"], first))
+    shown = {
+        step
+        for switch in (0, first, last, c.steps)
+        for step in (switch - 1, switch, switch + 4)
+        if 0 <= step < c.steps
+    }
+    for step in sorted(shown):
         loss, stayed = results["losses"][step], results["stayed"][step]
-        moved = results["without_moments"]
-        other = (
-            moved[step - c.begin] if c.begin <= step < c.begin + len(moved) else None
-        )
+        other = without_moments.get(step)
         rows.append(
             (
                 str(step),
-                "PyTorch" if there else "Flax",
+                "Flax" if first <= step < last else "PyTorch",
                 f"{loss:.6f}",
                 f"{stayed:.6f}",
                 f"{abs(loss - stayed):.1e}",
@@ -289,88 +303,62 @@ def table(c: Config, results: dict[str, Any]) -> str:
     return report.markdown(rows)
 
 
-def text(c: Config, results: dict[str, Any]) -> str:
-    """All of it, in Markdown."""
+def page(c: Config, results: dict[str, Any]) -> str:
+    """The whole page in Markdown."""
     return (
         f"{table(c, results)}\n\n"
-        f"In {c.dtype}, the losses of the run that changes the library are within "
-        f"{results['loss_difference']:.1e} of those of the run that stays, and its "
-        f"weights, at the end, within {results['weight_difference']:.1e} of the "
-        "distance that they have come. Without the moments a loss in Flax is up to "
-        f"{results['difference_without_moments']:.1e} off.\n"
+        f"In {c.dtype}, switching between PyTorch and Flax changes the loss by at most "
+        f"{results['loss_difference']:.1e}; the final weights differ by "
+        f"{results['weight_difference']:.1e} of the distance travelled. Without the "
+        "moments, the loss in Flax is off by up to "
+        f"{results['difference_without_moments']:.1e}.\n"
     )
 
 
-def plot(c: Config, results: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(8, 6), layout="constrained", dpi=120)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    losses, stayed = np.array(results["losses"]), np.array(results["stayed"])
-    top.plot(stayed, color="black", lw=4, alpha=0.25, label="stayed in PyTorch")
-    parts = ((0, c.begin), (c.begin, c.begin + c.middle), (c.begin + c.middle, c.steps))
-    for (first, last), colour, name in zip(
-        parts, ("#d1495b", "#00798c", "#edae49"), ("PyTorch", "Flax", "PyTorch again"),
-        strict=True,
-    ):  # fmt: skip
-        steps = np.arange(first, last)
-        top.plot(steps, losses[first:last], ".-", color=colour, lw=1, label=name)
-    moved = results["without_moments"]
-    steps = np.arange(c.begin, c.begin + len(moved))
-    top.plot(steps, moved, ":", color="gray", label="Flax, without the moments")
-    top.set_ylabel("training loss")
-    top.legend(frameon=False)
-    difference = np.abs(losses - stayed)
-    bottom.semilogy(np.where(difference > 0, difference, np.nan), "k.-", lw=1)
-    bottom.set_ylabel("difference to the\nrun that stayed")
-    bottom.set_xlabel("step")
-    figure.savefig(path)
-
-
 # ---------------------------------------------------------------------------
-# all of it
+# the three runs
 # ---------------------------------------------------------------------------
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Trains, compares and writes; returns what is in results.json."""
+    """Trains, compares and reports; returns the content of results.json."""
     check(config)
-    folder = record.new_folder(config, "continue-from-torch")
+    folder = new_folder(config, "continue-from-torch")
     with jax.enable_x64(config.dtype == "float64"):
         results = compare(config, folder)
-    results |= {"config": vars(config)} | record.environment()
-    record.write_json(folder / "results.json", results)
-    plot(config, results, folder / "losses.png")
-    summary = text(config, results)
-    (folder / "results.md").write_text(summary, encoding="utf-8")
-    print(f"{summary}\nWrote {folder}.", flush=True)
+    results |= {"config": vars(config)} | environment()
+    write_json(folder / "results.json", results)
+    switches = (config.begin, config.begin + config.middle)
+    plot_switches(results, switches, folder / "losses.png")
+    text = page(config, results)
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    print(f"{text}\nWrote {folder}.", flush=True)
     return results
 
 
 def compare(config: Config, folder: Path) -> dict[str, Any]:
-    data, checkpoints = read(config), folder / "checkpoints"
+    data, checkpoints = load_data(config), folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    first, second = config.begin, config.begin + config.middle
-    begin, middle, end = (
-        range(first),
-        range(first, second),
-        range(second, config.steps),
-    )
+    first, last = config.begin, config.begin + config.middle
 
     # begin in PyTorch, and stay there
-    stayed = build_torch(config)
-    losses = train_torch(*stayed, data, begin)
-    save(checkpoints / "begin.pt", *stayed)
-    losses_stayed = losses + train_torch(*stayed, data, range(first, config.steps))
+    reference = build_torch(config)
+    losses = train_torch(*reference, data, range(first))
+    save(checkpoints / "begin.pt", *reference)
+    stayed = losses + train_torch(*reference, data, range(first, config.steps))
 
-    # go on in Flax
+    # continue in Flax
     checkpoint = torch.load(checkpoints / "begin.pt", weights_only=True)
-    run = load(config, checkpoint)
-    step = build_step(run)
-    run, in_flax = train_flax(step, run, data, middle)
-    torch.save(dump(run, checkpoint, config.middle), checkpoints / "middle.pt")
+    training = from_torch(config, checkpoint)
+    step = build_step(training)
+    training, in_flax = train_flax(step, training, data, range(first, last))
+    checkpoint_after = to_torch(training, checkpoint, config.middle)
+    torch.save(checkpoint_after, checkpoints / "middle.pt")
 
     # the same without the moments
-    forgotten = checkpoint | {"optimizer": checkpoint["optimizer"] | {"state": {}}}
-    _, without = train_flax(step, load(config, forgotten), data, middle)
+    checkpoint["optimizer"] = checkpoint["optimizer"] | {"state": {}}
+    training = from_torch(config, checkpoint)
+    _, without_moments = train_flax(step, training, data, range(first, last))
 
     # end in PyTorch
     net, optimizer, scheduler = build_torch(config)
@@ -378,22 +366,27 @@ def compare(config: Config, folder: Path) -> dict[str, Any]:
     net.load_state_dict(checkpoint["model"])
     scheduler.load_state_dict(checkpoint["scheduler"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    losses += in_flax + train_torch(net, optimizer, scheduler, data, end)
+    in_torch = train_torch(net, optimizer, scheduler, data, range(last, config.steps))
 
+    losses = losses + in_flax + in_torch
     start, _, _ = build_torch(config)
-    difference = np.abs(np.array(losses) - losses_stayed)
-    lost = np.abs(np.array(without) - losses_stayed[first:second])
+    difference = np.abs(np.subtract(losses, stayed))
+    difference_without = np.abs(np.subtract(without_moments, stayed[first:last]))
     return {
         "losses": losses,
-        "stayed": losses_stayed,
-        "without_moments": without,
+        "stayed": stayed,
+        "without_moments": without_moments,
         "loss_difference": float(difference.max()),
-        "weight_difference": weight_difference(net, stayed[0], start),
-        "difference_without_moments": float(lost.max()),
+        "weight_difference": weight_difference(net, reference[0], start),
+        "difference_without_moments": float(difference_without.max()),
     }
 
 
-if __name__ == "__main__":
+def parse_args(args: Sequence[str] | None = None) -> Config:
     import tyro
 
-    main(tyro.cli(Config))
+    return tyro.cli(Config, args=args)
+
+
+if __name__ == "__main__":
+    main(parse_args())

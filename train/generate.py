@@ -3,14 +3,15 @@
     python -m train.generate runs/lstm-adam-l2
     python -m train.generate runs/NAME --prompt "The tower" --temperature 0.8
 
-A word is drawn from what the network expects after all the words before it, and so on.
-A temperature below 1 makes likely words likelier, 0 takes the likeliest, and top-k
-draws from no more than so many. The same command gives the same text. A run in progress
-can be asked, too: its last checkpoint is read.
+Each word is drawn from the network's prediction after all words before it. A
+temperature below 1 favours likely words, 0 takes the likeliest, and top-k draws from
+the k likeliest. The same command generates the same text. It also works during
+training: it reads the last checkpoint.
 """
 
 import dataclasses
 import functools
+import sys
 import textwrap
 from pathlib import Path
 
@@ -20,9 +21,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from train import language_model
 from train.data import text
-from train.run import devices
+from train.recipes.check import check_options
+from train.run import devices, trained_language_model
 
 # ---------------------------------------------------------------------------
 # config
@@ -34,13 +35,13 @@ class Config:
     """Prints text by a trained network."""
 
     folder: Path  # of a run of train.language_model: runs/NAME
-    prompt: str = ""  # to be continued; empty: a new line begins
+    prompt: str = ""  # to continue; empty: starts a new line
 
-    tokens: int = 200  # to be drawn, ends of lines among them
+    tokens: int = 200  # to draw, including ends of lines
     temperature: float = 1.0  # 0: always the likeliest
-    top_k: int | None = 40  # to draw from the likeliest; None: from all
+    top_k: int | None = 40  # draw from the k likeliest; None: from all
     samples: int = 1  # texts
-    seed: int = 0  # of what is drawn
+    seed: int = 0  # of the draws
     run_seed: int | None = None  # of the network; None: the first with a checkpoint
     allow_unknown: bool = False  # also draw <unk>
 
@@ -52,25 +53,17 @@ def check(c: Config) -> None:
         "top_k": (c.top_k is None or c.top_k >= 1, "None or at least 1"),
         "samples": (
             c.samples == 1 or c.samples > 1 and c.temperature > 0,
-            "at least 1, and 1 at a temperature of 0, where all are the same",
+            "at least 1, and 1 with temperature 0, which makes them all the same",
         ),
         "seed": (0 <= c.seed < 2**31, f"in [0, {2**31})"),
     }
-    for option, (good, allowed) in rules.items():
-        if not good:
-            raise ValueError(f"{option} must be {allowed}, got {getattr(c, option)!r}")
+    check_options(c, rules)
 
 
-# ---------------------------------------------------------------------------
-# prompt
-# ---------------------------------------------------------------------------
+def parse_args(args: list[str]) -> Config:
+    import tyro
 
-
-def words_of(prompt: str, trained: language_model.Trained) -> list[str]:
-    """Cut as the text was that the network has read."""
-    if trained.config.data_dir is None:
-        return text.words(prompt)
-    return prompt.replace("\n", f" {text.EOS} ").split()
+    return tyro.cli(Config, args=args, config=(tyro.conf.PositionalRequiredArgs,))
 
 
 # ---------------------------------------------------------------------------
@@ -80,20 +73,20 @@ def words_of(prompt: str, trained: language_model.Trained) -> list[str]:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "tokens", "samples", "top_k"))
 def sample(
-    graphdef, params, prompt, key, temperature, never, *, tokens, samples, top_k=None
+    graphdef, params, prompt, key, temperature, banned, *, tokens, samples, top_k=None
 ):
-    """Continues a prompt in one program: it is read once, for all the samples.
+    """Continues a prompt, in one program. All samples share one reading of it.
 
     Args:
         graphdef: of the network.
         params: of the network.
         prompt: (at least 1,) int32.
-        key: of what is drawn.
+        key: for the draws.
         temperature: at least 0.
-        never: (words,) booleans, not to be drawn.
-        tokens: to be drawn.
-        samples: side by side.
-        top_k: to draw from the likeliest alone, those `never` drawn not counted.
+        banned: (words,) bool, words that are never drawn.
+        tokens: to draw.
+        samples: in parallel.
+        top_k: draw from the k likeliest words that are not banned; None: from all.
 
     Returns:
         (samples, tokens) int32.
@@ -101,13 +94,13 @@ def sample(
     net = nnx.merge(graphdef, params)
 
     def draw(raw, key):
-        logits = jnp.where(never, -jnp.inf, net.logits(raw))
+        logits = jnp.where(banned, -jnp.inf, net.logits(raw))
         logits -= logits.max(-1, keepdims=True)  # the best is 0 at any temperature
         if top_k is not None:
-            best = lax.top_k(logits, min(top_k, len(never)))[1]
+            best = lax.top_k(logits, min(top_k, len(banned)))[1]
             rows = jnp.arange(samples)[:, None]
-            there = jnp.zeros(logits.shape, bool).at[rows, best].set(True)
-            logits = jnp.where(there, logits, -jnp.inf)
+            kept = jnp.zeros(logits.shape, bool).at[rows, best].set(True)
+            logits = jnp.where(kept, logits, -jnp.inf)
         scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
         drawn = jax.random.categorical(key, scaled)
         return jnp.where(temperature > 0, drawn, logits.argmax(-1))
@@ -124,20 +117,19 @@ def sample(
 
 
 # ---------------------------------------------------------------------------
-# the texts
+# texts
 # ---------------------------------------------------------------------------
 
 
 def main(config: Config) -> list[str]:
     """Prints the texts and returns them."""
     check(config)
-    trained = language_model.load(config.folder, config.run_seed)
+    trained = trained_language_model.load(config.folder, config.run_seed)
     vocabulary = trained.vocabulary
-    of = f"{config.folder}, seed {trained.seed}, step {trained.step:,}"
-    print(of if trained.ended else f"{of} of an unfinished run")
-    prompt = words_of(config.prompt, trained)
-    if unknown := text.unknown(prompt, vocabulary):
-        print(f"Not in its vocabulary, read as {text.UNKNOWN}: {', '.join(unknown)}")
+    print(trained_language_model.describe(config.folder, trained))
+    prompt = split_prompt(config.prompt, trained)
+    if unknown := text.unknown_words(prompt, vocabulary):
+        print(f"Not in the vocabulary, read as {text.UNKNOWN}: {', '.join(unknown)}")
     banned = {text.PAD} if config.allow_unknown else {text.PAD, text.UNKNOWN}
     drawn = sample(
         trained.graphdef,
@@ -151,17 +143,24 @@ def main(config: Config) -> list[str]:
         top_k=config.top_k,
     )
     texts = [
-        text.detokenised([*prompt, *(vocabulary[i] for i in row)])
+        text.detokenise([*prompt, *(vocabulary[i] for i in row)])
         for row in np.asarray(drawn)
     ]
     for i, each in enumerate(texts):
         title = f" {i + 1} of {len(texts)} " if len(texts) > 1 else ""
-        print(f"{title:-^88}\n{wrapped(each)}")
+        print(f"{title:-^88}\n{wrap(each)}")
     return texts
 
 
-def wrapped(lines: str) -> str:
-    """At most 88 columns, where words are not longer."""
+def split_prompt(prompt: str, trained: trained_language_model.Trained) -> list[str]:
+    """Words, split as in the text of the run."""
+    if trained.data_dir is None:
+        return text.words(prompt)
+    return prompt.replace("\n", f" {text.EOS} ").split()
+
+
+def wrap(lines: str) -> str:
+    """Lines of at most 88 columns, unless a word is longer."""
     return "\n".join(
         textwrap.fill(line, 88, break_long_words=False, break_on_hyphens=False)
         for line in lines.splitlines()
@@ -169,7 +168,5 @@ def wrapped(lines: str) -> str:
 
 
 if __name__ == "__main__":
-    import tyro
-
     devices.use_compilation_cache()
-    main(tyro.cli(Config, config=(tyro.conf.PositionalRequiredArgs,)))
+    main(parse_args(sys.argv[1:]))

@@ -1,21 +1,22 @@
-"""Adam's moments in 32, 16 and 8 bits: what they take, and what they cost.
+"""Adam's moments in 32, 16 and 8 bits: their size and their effect on the loss.
 
     python -m train.low_memory --data-dir DIR    # CIFAR-10, ten minutes on a CPU
 
-The small convolutional network of `train.compare` on 5,000 images of CIFAR-10, with
-AdamW and 1cycle: the moments in float32, in bfloat16 and in eight bits, both rounded
-stochastically and to nearest. Beside them AdamW of PyTorch in float32, and in eight
-bits that of torchao and of bitsandbytes, where they are installed. A seed stands for
-the initial weights, the order of the images, their crops, and the rounding; all
-optimizers have the same seeds.
+Trains the small convolutional network of `train.compare` on 5,000 images of CIFAR-10
+with AdamW and 1cycle. The moments are stored in float32, in bfloat16 and in eight bits,
+the latter two rounded stochastically and to nearest. PyTorch's AdamW in float32 and,
+where installed, the 8-bit AdamW of torchao and of bitsandbytes train the same network.
+A seed determines the initial weights, the order of the images, their crops, and the
+rounding; all optimizers see the same seeds.
 
-b1 is constant, unlike in the article: with a cycled one PyTorch corrects the bias in
-another way. torchao runs without its compiler: the same arithmetic, slower.
+b1 is constant, unlike in the article, because PyTorch corrects the bias differently
+when b1 changes. torchao runs without its compiler: the same arithmetic, but slower.
 """
 
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ from jax import lax
 
 from adamw_jax import adamw, one_cycle, quantize_moments
 from train.data import batches
-from train.data import cifar10 as data
-from train.evals import statistics as analysis
-from train.models import small as models
+from train.data.cifar10 import load_cifar10
+from train.evals.statistics import confidence_interval
+from train.models.small import CNN
+from train.recipes.check import check_options
 from train.references import loop as torch_loop
-from train.run import devices, record, report
+from train.run import devices, report
+from train.run.environment import environment
+from train.run.folder import new_folder
+from train.run.log import write_json
+from train.run.output import Output
 
 # ---------------------------------------------------------------------------
 # config
@@ -40,8 +46,8 @@ from train.run import devices, record, report
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Trains with moments of several precisions and compares size and result."""
+class Config(Output):
+    """Compares size and effect of moments stored in several precisions."""
 
     data_dir: Path | None = None  # CIFAR-10's official files; None: tensorflow-datasets
     train_size: int = 5000  # training images
@@ -53,30 +59,23 @@ class Config:
     learning_rate: float = 0.01  # the peak of 1cycle
     weight_decay: float = 0.01
     b1: float = 0.9
-    b2: float = 0.999  # harder to store than the article's .99: nu changes by .1 %
+    b2: float = 0.999  # nu changes by .1 % a step, hard to store; the article's is .99
     eps: float = 1e-8
 
     block_size: int = 256  # values that share a scale
-    min_size: int = 4096  # of a parameter whose moments are quantized
-    seeds: int = 5  # runs of each
-    torch: bool = True  # PyTorch's, torchao's and bitsandbytes' optimizers, too
-
-    out: Path = Path("runs")  # where the folder with the results goes
-    name: str | None = None  # of that folder; None: low-memory-DATE
-    overwrite: bool = False  # replace the results of an earlier run of that name
+    min_size: int = 4096  # smaller parameters keep moments in float32
+    seeds: int = 5  # runs of each optimizer
+    torch: bool = True  # also the optimizers of PyTorch, torchao and bitsandbytes
 
 
 def check(c: Config) -> None:
     least = {"train_size": 1, "eval_size": 1, "width": 1, "epochs": 1, "seeds": 2}
-    for option, value in least.items():
-        if getattr(c, option) < value:
-            raise ValueError(
-                f"{option} must be at least {value}, got {getattr(c, option)!r}"
-            )
-    if not 1 <= c.batch_size <= c.train_size:
-        raise ValueError(
-            f"batch_size must be in [1, {c.train_size}], got {c.batch_size!r}"
-        )
+    rules = {
+        option: (getattr(c, option) >= value, f"at least {value}")
+        for option, value in least.items()
+    }
+    sizes = (1 <= c.batch_size <= c.train_size, f"in [1, {c.train_size}]")
+    check_options(c, rules | {"batch_size": sizes})
 
 
 # ---------------------------------------------------------------------------
@@ -84,21 +83,22 @@ def check(c: Config) -> None:
 # ---------------------------------------------------------------------------
 
 
-def network(config: Config, seed: int) -> nnx.Module:
-    return models.CNN(config.width, rngs=nnx.Rngs(seed))
+def make_network(config: Config, seed: int) -> nnx.Module:
+    return CNN(config.width, rngs=nnx.Rngs(seed))
 
 
-def tables(config: Config, seed: int) -> dict[str, Any]:
-    """Everything that is random in a run."""
-    rng, net = np.random.default_rng(seed), network(config, seed)
+def draw_run(config: Config, seed: int) -> dict[str, Any]:
+    """All that is random in a run: initial network, order and crops of the images."""
+    rng, net = np.random.default_rng(seed), make_network(config, seed)
     _, params, stats = nnx.split(net, nnx.Param, nnx.BatchStat)
     order = batches.order(rng, config.train_size, config.batch_size, config.epochs)
     crops = batches.crops_and_flips(rng, order.shape)
-    table = {"params": params, "stats": stats, "order": order, "crops": crops}
-    return jax.tree.map(np.asarray, table) | {"seed": np.uint32(seed)}
+    run = {"params": params, "stats": stats, "order": order, "crops": crops}
+    return jax.tree.map(np.asarray, run) | {"seed": np.uint32(seed)}
 
 
-def learning_rate(config: Config):
+def make_schedule(config: Config) -> Callable[[Any], Any]:
+    """The learning rate of 1cycle."""
     steps = config.train_size // config.batch_size
     cycle = one_cycle(config.learning_rate, epochs=config.epochs, steps_per_epoch=steps)
     return cycle.schedule("learning_rate")
@@ -107,7 +107,7 @@ def learning_rate(config: Config):
 def float32(config: Config, seed, **moments):
     betas = (config.b1, config.b2, config.eps)
     decay = {"weight_decay": config.weight_decay}
-    return adamw(learning_rate(config), *betas, **decay, **moments, seed=seed)
+    return adamw(make_schedule(config), *betas, **decay, **moments, seed=seed)
 
 
 def bfloat16(config: Config, seed, stochastic: bool):
@@ -133,7 +133,7 @@ OPTIMIZERS = {
     "8 bits, to nearest": functools.partial(eight_bit, stochastic=False),
 }
 
-TORCH_OPTIMIZERS = {  # name in the table: (module, optimizer)
+TORCH_OPTIMIZERS = {  # name: (module, optimizer)
     "float32, PyTorch": ("torch.optim", "AdamW"),
     "8 bits, torchao": ("torchao.optim", "AdamW8bit"),
     "8 bits, bitsandbytes": ("bitsandbytes.optim", "AdamW8bit"),
@@ -145,15 +145,28 @@ TORCH_OPTIMIZERS = {  # name in the table: (module, optimizer)
 # ---------------------------------------------------------------------------
 
 
-def train(name: str, config: Config, member: dict, train_x, train_y, test_x, test_y):
-    """One whole run -> the last epoch's training loss, test accuracy in %, state."""
-    tx = OPTIMIZERS[name](config, member["seed"])
-    net = nnx.eval_shape(lambda: network(config, 0))
+def train(name: str, config: Config, run: dict, train_x, train_y, test_x, test_y):
+    """Trains one network with one of our optimizers.
+
+    Args:
+        name: of the optimizer.
+        config: of the comparison.
+        run: from `draw_run`.
+        train_x: (images, ...) training images, padded for the crops.
+        train_y: (images,) their labels.
+        test_x: (batches, images, ...) test images.
+        test_y: (batches, images) their labels.
+
+    Returns:
+        The training loss of the last epoch, test accuracy in %, optimizer state.
+    """
+    tx = OPTIMIZERS[name](config, run["seed"])
+    net = nnx.eval_shape(lambda: make_network(config, 0))
     train_def, eval_def = (
         nnx.graphdef(nnx.view(net, use_running_average=mode)) for mode in (False, True)
     )
 
-    def loss_of(params, stats, x, y):
+    def loss_fn(params, stats, x, y):
         net = nnx.merge(train_def, params, stats, copy=True)
         loss = optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean()
         return loss, nnx.state(net, nnx.BatchStat)
@@ -162,78 +175,80 @@ def train(name: str, config: Config, member: dict, train_x, train_y, test_x, tes
         params, stats, opt = carry
         x = jax.vmap(batches.crop_and_flip)(train_x[batch["order"]], batch["crops"])
         x, y = batches.normalise(x), train_y[batch["order"]]
-        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             params, stats, x, y
         )
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), stats, opt), loss
 
-    carry = member["params"], member["stats"], tx.init(member["params"])
-    steps = {key: member[key] for key in ("order", "crops")}
+    carry = run["params"], run["stats"], tx.init(run["params"])
+    steps = {key: run[key] for key in ("order", "crops")}
     (params, stats, opt), losses = lax.scan(step, carry, steps)
     net = nnx.merge(eval_def, params, stats)
     guesses = lax.map(lambda x: net(batches.normalise(x)).argmax(-1), test_x)
-    last = losses[-(len(losses) // config.epochs) :].mean()
-    return last, 100 * jnp.mean(guesses == test_y), opt
+    last_epoch = losses[-(len(losses) // config.epochs) :].mean()
+    return last_epoch, 100 * jnp.mean(guesses == test_y), opt
 
 
-def train_torch(name: str, config: Config, member: dict, images):
-    """The same run with an optimizer of PyTorch's kind."""
+def train_torch(name: str, config: Config, run: dict, images):
+    """Does the same with one of PyTorch's optimizers."""
     import torch
     from torch.nn import functional as F
 
     from train.references.wide_resnet import crop_and_flip
 
-    module, kind = TORCH_OPTIMIZERS[name]
-    make: Any = getattr(importlib.import_module(module), kind)
-    torch.set_num_threads(1)  # on a busy machine more of them wait for each other
-    net = torch_loop.network(member["params"])
+    module, optimizer_name = TORCH_OPTIMIZERS[name]
+    make_optimizer: Any = getattr(importlib.import_module(module), optimizer_name)
+    torch.set_num_threads(1)  # on a busy machine several wait for each other
+    net = torch_loop.make_network(run["params"])
     betas = {"betas": (config.b1, config.b2), "eps": config.eps}
-    optimizer = make(net.parameters(), weight_decay=config.weight_decay, **betas)
+    optimizer = make_optimizer(
+        net.parameters(), weight_decay=config.weight_decay, **betas
+    )
     (group,) = optimizer.param_groups
-    schedule = learning_rate(config)
-    rates = np.asarray(jax.vmap(schedule)(np.arange(len(member["order"]))))
+    schedule = make_schedule(config)
+    rates = np.asarray(jax.vmap(schedule)(np.arange(len(run["order"]))))
 
     x, y, test_x, test_y = (torch.from_numpy(np.array(a)) for a in images)
     x = torch.from_numpy(batches.normalise(x.numpy()))
-    order, crops = (torch.from_numpy(member[key]).long() for key in ("order", "crops"))
+    order, crops = (torch.from_numpy(run[key]).long() for key in ("order", "crops"))
     losses = []
     for index, crop, rate in zip(order, crops, rates, strict=True):
-        if isinstance(group["lr"], torch.Tensor):  # torchao's
+        if isinstance(group["lr"], torch.Tensor):  # in torchao
             group["lr"].fill_(float(rate))
         else:
             group["lr"] = float(rate)
         optimizer.zero_grad()
         loss = F.cross_entropy(net(crop_and_flip(x, index, crop)), y[index].long())
         loss.backward()
-        with torch.compiler.set_stance("force_eager"):  # torchao's step is compiled
+        with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
             optimizer.step()
         losses.append(loss.item())
 
     net.eval()
     with torch.no_grad():
-        right = [
+        correct = [
             (net(torch.from_numpy(batches.normalise(x.numpy()))).argmax(-1) == y)
             for x, y in zip(test_x, test_y, strict=True)
         ]
-    accuracy = 100 * float(torch.cat(right).float().mean())
+    accuracy = 100 * float(torch.cat(correct).float().mean())
     last = len(losses) // config.epochs
     return float(np.mean(losses[-last:])), accuracy, optimizer.state
 
 
 def state_bytes(state: Any) -> int:
-    """Of all arrays in a state of ours."""
+    """Size of all arrays in an Optax state."""
     return sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def torch_state_bytes(state: Any) -> int:
-    """Of all tensors in the state of a PyTorch optimizer, shared ones once."""
+    """Size of all tensors in a PyTorch optimizer's state, shared ones counted once."""
     import torch
 
     sizes = {}
 
     def visit(x):
-        if hasattr(x, "__tensor_flatten__"):  # several tensors in the shape of one
+        if hasattr(x, "__tensor_flatten__"):  # a subclass made of several tensors
             for name in x.__tensor_flatten__()[0]:
                 visit(getattr(x, name))
         elif isinstance(x, torch.Tensor):
@@ -252,96 +267,93 @@ def torch_state_bytes(state: Any) -> int:
 
 
 def main(config: Config) -> Path:
-    """Trains all, reports; returns the folder with the results."""
+    """Trains with all optimizers and reports; returns the folder with the results."""
     check(config)
-    splits = data.load_cifar10(config.data_dir, config.train_size, config.eval_size)
+    splits = load_cifar10(config.data_dir, config.train_size, config.eval_size)
     test = batches.in_batches(splits.test)
     images = (batches.padded(splits.train.x), splits.train.y, *test)
-    folder = record.new_folder(config, "low-memory")
-    environment = record.environment()
-    members = [tables(config, seed) for seed in range(config.seeds)]
-    parameters = sum(x.size for x in jax.tree.leaves(members[0]["params"]))
+    folder = new_folder(config, "low-memory")
+    write_json(folder / "config.json", vars(config) | environment())
+    runs = [draw_run(config, seed) for seed in range(config.seeds)]
+    parameters = sum(x.size for x in jax.tree.leaves(runs[0]["params"]))
 
     rows: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
-    on_device = jax.device_put(images)
+    images_on_device = jax.device_put(images)
     for name in OPTIMIZERS:
         program = jax.jit(functools.partial(train, name, config))
-        runs = []
-        for member in members:
-            loss, accuracy, state = program(member, *on_device)
-            runs.append((float(loss), float(accuracy)))
-        rows[name] = summary(runs, state_bytes(state) / parameters)
+        outcomes: list[Any] = [program(run, *images_on_device) for run in runs]
+        rows[name] = summarize(outcomes, state_bytes(outcomes[0][-1]) / parameters)
         print(f"  {name}: loss {rows[name]['loss']['mean']:.4f}", flush=True)
-
     for name, (module, _) in TORCH_OPTIMIZERS.items() if config.torch else ():
         try:
             importlib.import_module(module)
         except ImportError as error:
             missing[name] = str(error)
             continue
-        runs = []
-        for member in members:
-            loss, accuracy, state = train_torch(name, config, member, images)
-            runs.append((loss, accuracy))
-        rows[name] = summary(runs, torch_state_bytes(state) / parameters)
+        outcomes = [train_torch(name, config, run, images) for run in runs]
+        size = torch_state_bytes(outcomes[0][-1])
+        rows[name] = summarize(outcomes, size / parameters)
         print(f"  {name}: loss {rows[name]['loss']['mean']:.4f}", flush=True)
 
-    # what the precision alone changes: against float32 of the same library
+    # the effect of precision alone: the difference to float32 in the same library
     for name, row in rows.items():
         base = "float32, PyTorch" if name in TORCH_OPTIMIZERS else "float32"
         if name != base:
             change = np.subtract(row["loss"]["runs"], rows[base]["loss"]["runs"])
-            row["loss_minus_float32"] = analysis.confidence(change)
+            row["loss_minus_float32"] = confidence_interval(change)
 
     results = {"parameters": parameters, "rows": rows, "missing": missing}
-    record.write_json(folder / "config.json", vars(config) | environment)
-    record.write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     text = page(config, results)
     (folder / "results.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nWrote {folder}.")
     return folder
 
 
-def summary(runs: list[tuple[float, float]], size: float) -> dict[str, Any]:
-    losses, accuracies = (list(values) for values in zip(*runs, strict=True))
+def summarize(outcomes: list[Any], size: float) -> dict[str, Any]:
+    """A row of the table, from (loss, accuracy, state) of each seed."""
     return {
         "bytes_per_parameter": size,
-        "loss": report.summary(losses),
-        "accuracy": report.summary(accuracies),
+        "loss": report.summary([float(loss) for loss, _, _ in outcomes]),
+        "accuracy": report.summary([float(accuracy) for _, accuracy, _ in outcomes]),
     }
 
 
 def page(config: Config, results: dict[str, Any]) -> str:
-    head = ("moments", "bytes of state per parameter", "training loss")
-    table: list[tuple[str, ...]] = [
-        (*head, "minus that of float32", "test accuracy, %")
+    rows: list[tuple[str, ...]] = [
+        ("moments", "bytes of state per parameter", "training loss")
+        + ("minus that of float32", "test accuracy, %")
     ]
     for name, row in results["rows"].items():
-        loss, change = row["loss"], row.get("loss_minus_float32")
-        difference = ""
-        if change:
-            difference = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**change)
-        table.append(
+        loss, difference = row["loss"], ""
+        if interval := row.get("loss_minus_float32"):
+            difference = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**interval)
+        rows.append(
             (name, f"{row['bytes_per_parameter']:.2f}")
             + (f"{loss['mean']:.4f} ± {loss['std']:.4f}", difference)
-            + (f"{report.spread(row['accuracy'])}",)
+            + (report.spread(row["accuracy"]),)
         )
     lines = [
-        f"CIFAR-10, {config.train_size} training images, {config.epochs} epochs of "
+        f"CIFAR-10 with {config.train_size} training images, {config.epochs} epochs of "
         f"1cycle in batches of {config.batch_size}; a network of "
         f"{results['parameters']:,} parameters. The training loss is that of the last "
-        f"epoch. Mean ± standard deviation of {config.seeds} seeds; differences are "
-        "paired, with 95 % confidence.",
+        f"epoch. Values are mean ± standard deviation over {config.seeds} seeds; "
+        "differences are paired by seed, with 95 % confidence intervals.",
         "",
-        report.markdown(table),
+        report.markdown(rows),
     ]
-    lines += [f"\n{name}: left out, {why}." for name, why in results["missing"].items()]
+    for name, reason in results["missing"].items():
+        lines.append(f"\nNot measured: {name} ({reason}).")
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def parse_args(args: Sequence[str] | None = None) -> Config:
     import tyro
 
+    return tyro.cli(Config, args=args)
+
+
+if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(tyro.cli(Config))
+    main(parse_args())

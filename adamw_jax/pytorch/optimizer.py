@@ -7,10 +7,14 @@ import jax
 import optax
 
 from .._tree import ScalarOrSchedule, path_string
-from ..masks import freeze, mask_by, scale_by_group
-from ..optimizers import adam, adamw, amsgrad, sgd
-from ..schedules.phases import Phases, one_cycle_torch
-from ..transforms.moments import BiasCorrection
+from ..fused.adamw import adamw
+from ..masks import mask_by
+from ..optimizers import adam, amsgrad, sgd
+from ..schedules.cycles import one_cycle_torch
+from ..schedules.phases import Phases
+from ..transforms.bias_correction import BiasCorrection
+from ..transforms.chain import chain
+from ..transforms.groups import freeze_leaves, scale_by_group
 from .names import (
     Layout,
     Parameter,
@@ -50,12 +54,12 @@ def optimizer_from_torch_state_dict(
     `weight_decay=0` in some               the optimizer's `mask`
     other `betas`, `eps`, ..., two decays  `optax.partition`, an optimizer for each
     other step counts                      the same, so that each keeps its own count
-    parameters in no group                 :func:`freeze`
+    parameters in no group                 :func:`freeze_leaves`
     =====================================  =============================================
 
     A parameter of a group that never had a gradient begins with its first one here. If
     it had none because it is not to be trained, build the optimizer yourself, with
-    :func:`freeze`, and fill its state with :func:`from_torch_state_dict`.
+    :func:`freeze_leaves`, and fill its state with :func:`from_torch_state_dict`.
 
     `foreach`, `fused`, `capturable` and `differentiable` are ways to compute the same
     update, and have no meaning here. `dampening` is possible if it equals the momentum
@@ -161,7 +165,7 @@ def optimizer_from_torch_state_dict(
             by_label, by_path({path: labels[kind] for path, kind in kinds.items()})
         )
     if set(rates.values()) != {1.0}:
-        tx = optax.chain(
+        tx = chain(
             tx,
             scale_by_group(
                 {repr(rate): rate for rate in set(rates.values())},
@@ -169,7 +173,7 @@ def optimizer_from_torch_state_dict(
             ),
         )
     if set(table) != leaf_paths(params):
-        tx = freeze(tx, mask_by(lambda path, _: path not in table))
+        tx = freeze_leaves(tx, mask_by(lambda path, _: path not in table))
     state = from_torch_state_dict(
         state_dict,
         tx.init(params),

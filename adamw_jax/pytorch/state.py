@@ -20,14 +20,11 @@ import optax
 from .._tree import path_string
 from ..hyperparams import HyperparamsState
 from ..schedules.phases import Phases
-from ..transforms.moments import (
-    LogProduct,
-    ScaleByAdamState,
-    ScaleByAmsgradState,
-    ScheduleState,
-    TraceState,
-)
+from ..transforms.bias_correction import LogProduct
+from ..transforms.moments import ScaleByAdamState, ScaleByAmsgradState
+from ..transforms.momentum import TraceState
 from ..transforms.rounding import StochasticRoundingState
+from ..transforms.scaling import ScheduleState
 from .names import (
     Layout,
     Parameter,
@@ -38,7 +35,6 @@ from .names import (
     flax_layout,
     is_sgd,
     leaf_paths,
-    put,
     put_array,
     put_number,
     rate_ratio,
@@ -100,7 +96,7 @@ def from_torch_state_dict(
 
     Args:
         state_dict: `optimizer.state_dict()`, of tensors or arrays, on any device.
-        state: of one of the optimizers here, or of a chain with one, `freeze`,
+        state: of one of the optimizers here, or of a chain with one, `freeze_leaves`,
             `scale_by_group` or Optax's clipping; also of `optax.adamw` or `optax.sgd`.
             For example `tx.init(params)`. Other states with arrays in them
             (`optax.MultiSteps`, `optax.inject_hyperparams`) are refused: fill the
@@ -550,16 +546,12 @@ def _with_values(
         values["momentum"] = float(groups[0]["momentum"])
     else:
         values["b1"], values["b2"] = betas_of(groups[0])
-    held = np.asarray(jax.tree.leaves(node.held)[0])
-    new = dict(node.hyperparams)
-    left = np.array(jax.tree.leaves(node.left)[0])
+    new, last = dict(node.hyperparams), list(node.last_values)
     for i, name in enumerate(sorted(new)):
-        if name in values and not held[i]:
+        if name in values and not jax.tree.leaves(node.overridden[i])[0]:
             new[name] = put_number(new[name], values[name])
-            left[i] = values[name]
-    return node._replace(
-        hyperparams=new, left=jax.tree.map(lambda x: put(x, left), node.left)
-    )
+            last[i] = put_number(last[i], values[name])
+    return node._replace(hyperparams=new, last_values=tuple(last))
 
 
 def _group_in_force(
@@ -584,7 +576,7 @@ def _group_in_force(
             )
         return new
     node, trained = mine[0], _groups_of(mine[0], state, table)
-    dtype = jax.tree.leaves(node.left)[0].dtype
+    dtype = jax.tree.leaves(node.last_values)[0].dtype
     values = {k: float(jax.tree.leaves(v)[0]) for k, v in node.hyperparams.items()}
 
     def in_force(there, here):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import check_choice, check_scalar
+from .._checks import check_choice, check_scalar
 
 Rule = Literal["fastai", "torch"]
 KINDS = ("constant", "linear", "cosine", "exponential", "polynomial")
@@ -59,7 +59,7 @@ class Phase:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = _plain(field.name, getattr(self, field.name))
+            value = plain(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
@@ -81,10 +81,10 @@ class Phase:
         return f"Phase({text})"
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain(name: str, value: Any) -> Any:
     """Python numbers and tuples of them: what JSON and repr give back."""
     if isinstance(value, list | tuple):
-        return tuple(_plain(name, v) for v in value)
+        return tuple(plain(name, v) for v in value)
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
             f"{name} is a traced value, but phases are plain data: scale a schedule of "
@@ -177,7 +177,7 @@ class Phases:
     def __post_init__(self):
         object.__setattr__(self, "phases", tuple(self.phases))
         for name in ("steps_per_epoch", "begin"):
-            object.__setattr__(self, name, _plain(name, getattr(self, name)))
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
         if not self.phases:
             raise ValueError("phases must hold at least one Phase")
         check_choice("rule", self.rule, ("fastai", "torch"))
@@ -268,6 +268,7 @@ class Phases:
 
         Example:
             >>> import jax, jax.numpy as jnp
+            >>> from adamw_jax import one_cycle
             >>> lr = one_cycle(3e-3, steps=100).schedule("learning_rate")
             >>> print(f"{jax.jit(lr)(jnp.int32(46)):.6f}")
             0.002985
@@ -391,351 +392,3 @@ def _show(value: Any) -> str:
         return f"{start:g}"
     suffix = f"^{power:g}" if kind == "polynomial" else ""
     return f"{start:g} -> {end:g} {kind}{suffix}"
-
-
-def _stretches(
-    steps: float | None, epochs: float | None, steps_per_epoch: float | None
-) -> Callable[[float], dict[str, float]]:
-    """From a share of the run to the duration of a phase, in steps or in epochs."""
-    if (steps is None) == (epochs is None):
-        raise ValueError(
-            f"give steps or epochs: got steps={steps!r}, epochs={epochs!r}"
-        )
-    unit, length = ("epochs", epochs) if steps is None else ("steps", steps)
-    assert length is not None
-    if (unit == "epochs") == (steps_per_epoch is None):
-        raise ValueError(f"{unit} with steps_per_epoch={steps_per_epoch!r}")
-    check_scalar(unit, length)
-    return lambda share: {unit: length * share}
-
-
-def _positive(**values: Any) -> None:
-    for name, value in values.items():
-        check_scalar(name, _plain(name, value))
-        if value == 0:
-            raise ValueError(f"{name} must be > 0, got {value!r}")
-
-
-def one_cycle(
-    learning_rate: float,
-    *,
-    steps: float | None = None,
-    epochs: float | None = None,
-    steps_per_epoch: float | None = None,
-    div: float = 10.0,
-    pct: float = 0.075,
-    b1: tuple[float, float] = (0.95, 0.85),
-    end: Literal["linear", "cosine"] = "linear",
-    b2: float | None = None,
-    weight_decay: float | None = None,
-) -> Phases:
-    """The article's 1cycle: up, down, and a short annealing.
-
-    Over (1 - pct)/2 of the run the rate rises linearly from learning_rate/div while b1
-    falls; over as much it falls again while b1 rises; over the last pct it goes on
-    from learning_rate/div down to learning_rate/(100 div) linearly, or to 0 along a
-    cosine, at the high b1.
-
-    Args:
-        learning_rate: the peak.
-        steps: length of the run in steps.
-        epochs: length in epochs, instead.
-        steps_per_epoch: with epochs.
-        div: peak over the first rate.
-        pct: the share of the annealing, in (0, 1).
-        b1: the high and the low value.
-        end: of the annealing.
-        b2: constant through the run; the article trains with .99. None: not driven.
-        weight_decay: likewise.
-
-    Returns:
-        Three phases.
-
-    Raises:
-        ValueError: an argument out of range.
-
-    Example:
-        >>> phases = one_cycle(3e-3, epochs=30, steps_per_epoch=391)
-        >>> print(phases)
-        steps        learning_rate           b1
-        0-5425       0.0003 -> 0.003 linear  0.95 -> 0.85 linear
-        5426-10850   0.003 -> 0.0003 linear  0.85 -> 0.95 linear
-        10851-11729  0.0003 -> 3e-06 linear  0.95
-
-    Source: Gugger and Howard, 2018. Smith, `Super-Convergence
-    <https://arxiv.org/abs/1708.07120>`_, 2018.
-    """
-    part = _stretches(steps, epochs, steps_per_epoch)
-    _positive(learning_rate=learning_rate, div=div)
-    check_choice("end", end, ("linear", "cosine"))
-    if not 0 < pct < 1:
-        raise ValueError(f"pct must be in (0, 1), got {pct!r}")
-    low = learning_rate / div
-    high_b1, low_b1 = b1
-    last = (low, low / 100) if end == "linear" else (low, 0.0, "cosine")
-    constant = {"b2": b2, "weight_decay": weight_decay}
-    rise = {"learning_rate": (low, learning_rate), "b1": (high_b1, low_b1)}
-    fall = {"learning_rate": (learning_rate, low), "b1": (low_b1, high_b1)}
-    anneal = {"learning_rate": last, "b1": high_b1}
-    half = part((1 - pct) / 2)
-    return Phases(
-        (
-            Phase(**half, **rise, **constant),
-            Phase(**half, **fall, **constant),
-            Phase(**part(pct), **anneal, **constant),
-        ),
-        steps_per_epoch,
-    )
-
-
-def one_cycle_plateau(
-    learning_rate: float,
-    *,
-    steps: float | None = None,
-    epochs: float | None = None,
-    steps_per_epoch: float | None = None,
-    div: float = 10.0,
-    pct: float = 1 / 12,
-    b1: tuple[float, float] = (0.8, 0.7),
-    b2: float | None = None,
-    weight_decay: float | None = None,
-) -> Phases:
-    """The article's variant for language models: up, a plateau, down, an annealing.
-
-    pct of the run rising linearly from learning_rate/div to the peak (b1 falling),
-    (1 - 2 pct)/2 at the peak, as much falling back (b1 rising), and pct along a cosine
-    to 0: with the defaults, 7.5, 37.5, 37.5 and 7.5 of 90 epochs.
-
-    Args:
-        learning_rate: the peak.
-        steps: length of the run in steps.
-        epochs: length in epochs, instead.
-        steps_per_epoch: with epochs.
-        div: peak over the first rate.
-        pct: the share of the first and of the last phase, in (0, 1/2).
-        b1: the high and the low value.
-        b2: constant through the run; None: not driven.
-        weight_decay: likewise.
-
-    Returns:
-        Four phases.
-
-    Raises:
-        ValueError: an argument out of range.
-
-    Example:
-        >>> print(one_cycle_plateau(5e-3, epochs=90, steps_per_epoch=297))
-        steps        learning_rate           b1
-        0-2227       0.0005 -> 0.005 linear  0.8 -> 0.7 linear
-        2228-13364   0.005                   0.7
-        13365-24502  0.005 -> 0.0005 linear  0.7 -> 0.8 linear
-        24503-26729  0.0005 -> 0 cosine      0.8
-
-    Source: Gugger and Howard, 2018 (the code of its language models).
-    """
-    part = _stretches(steps, epochs, steps_per_epoch)
-    _positive(learning_rate=learning_rate, div=div)
-    if not 0 < pct < 0.5:
-        raise ValueError(f"pct must be in (0, 0.5), got {pct!r}")
-    low = learning_rate / div
-    high_b1, low_b1 = b1
-    edge, middle = part(pct), part((1 - 2 * pct) / 2)
-    constant = {"b2": b2, "weight_decay": weight_decay}
-    rise = {"learning_rate": (low, learning_rate), "b1": (high_b1, low_b1)}
-    fall = {"learning_rate": (learning_rate, low), "b1": (low_b1, high_b1)}
-    anneal = {"learning_rate": (low, 0.0, "cosine"), "b1": high_b1}
-    return Phases(
-        (
-            Phase(**edge, **rise, **constant),
-            Phase(**middle, learning_rate=learning_rate, b1=low_b1, **constant),
-            Phase(**middle, **fall, **constant),
-            Phase(**edge, **anneal, **constant),
-        ),
-        steps_per_epoch,
-    )
-
-
-def one_cycle_torch(
-    learning_rate: float,
-    total_steps: int,
-    *,
-    pct_start: float = 0.3,
-    anneal_strategy: Literal["cos", "linear"] = "cos",
-    cycle_momentum: bool = True,
-    base_momentum: float = 0.85,
-    max_momentum: float = 0.95,
-    div_factor: float = 25.0,
-    final_div_factor: float = 1e4,
-    three_phase: bool = False,
-) -> Phases:
-    """`torch.optim.lr_scheduler.OneCycleLR`, equal to it at every step.
-
-    Its phases end at pct_start * total_steps - 1 and total_steps - 1, fractions
-    included, so that the last of the total_steps updates has the final rate.
-
-    Args:
-        learning_rate: `max_lr`, the peak.
-        total_steps: updates in the run, >= 2.
-        pct_start: share of the rise, in (0, 1).
-        anneal_strategy: `"cos"` or `"linear"`.
-        cycle_momentum: drive b1 against the rate. False: b1 is not driven.
-        base_momentum: b1 at the peak.
-        max_momentum: b1 at both ends.
-        div_factor: peak over the first rate.
-        final_div_factor: first rate over the last.
-        three_phase: a fall that mirrors the rise, then the annealing.
-
-    Returns:
-        Two or three phases, under the rule `"torch"`.
-
-    Raises:
-        ValueError: an argument out of range; pct_start * total_steps = 1, for which
-            PyTorch divides by zero; three phases with pct_start > .5.
-
-    Example:
-        >>> phases = one_cycle_torch(1e-2, 97)
-        >>> [f"{phases.at(k)['learning_rate']:.6f}" for k in (0, 28, 96)]
-        ['0.000400', '0.010000', '0.000000']
-
-    Source: PyTorch 2.13, `torch/optim/lr_scheduler.py`.
-    """
-    check_scalar("total_steps", total_steps)
-    if total_steps < 2 or int(total_steps) != total_steps:
-        raise ValueError(f"total_steps must be an integer >= 2, got {total_steps!r}")
-    check_choice("anneal_strategy", anneal_strategy, ("cos", "linear"))
-    _positive(
-        learning_rate=learning_rate,
-        div_factor=div_factor,
-        final_div_factor=final_div_factor,
-    )
-    limit = 0.5 if three_phase else 1.0
-    if not 0 < pct_start < 1 or pct_start > limit:
-        raise ValueError(f"pct_start must be in (0, {limit:g}), got {pct_start!r}")
-    kind = "cosine" if anneal_strategy == "cos" else "linear"
-    first = learning_rate / div_factor
-    last = first / final_div_factor
-    rise = (first, learning_rate, max_momentum, base_momentum)
-    if three_phase:
-        ends = (
-            float(pct_start * total_steps) - 1,
-            float(2 * pct_start * total_steps) - 2,
-            total_steps - 1.0,
-        )
-        fall = (learning_rate, first, base_momentum, max_momentum)
-        ramps = (rise, fall, (first, last, max_momentum, max_momentum))
-    else:
-        ends = (float(pct_start * total_steps) - 1, total_steps - 1.0)
-        ramps = (rise, (learning_rate, last, base_momentum, max_momentum))
-    if 0.0 in ends:
-        raise ValueError(
-            "pct_start * total_steps = 1 leaves the first phase without a length"
-        )
-    # In a very short run PyTorch's phase can end before step 0: what counts is when
-    # the one behind it began.
-    phases, previous, begin = [], 0.0, 0.0
-    for end, (lr0, lr1, b0, b1) in zip(ends, ramps, strict=True):
-        if end < 0:
-            previous = begin = end
-            continue
-        ramp = {"learning_rate": (lr0, lr1, kind)}
-        if cycle_momentum:
-            ramp["b1"] = (b0, b1, kind)
-        phases.append(Phase(steps=end - previous, **ramp))
-        previous = end
-    return Phases(tuple(phases), rule="torch", begin=begin)
-
-
-def cosine_restarts(
-    learning_rate: float,
-    *,
-    cycles: int,
-    steps: float | None = None,
-    epochs: float | None = None,
-    steps_per_epoch: float | None = None,
-    mult: float = 1.0,
-    final_learning_rate: float = 0.0,
-    weight_decay: float | Sequence[float] | None = None,
-) -> Phases:
-    """Cosine annealing with warm restarts: SGDR, or AdamWR with Adam.
-
-    Args:
-        learning_rate: at every restart.
-        cycles: how many, >= 1.
-        steps: length of the first cycle in steps.
-        epochs: length of the first cycle in epochs, instead.
-        steps_per_epoch: with epochs.
-        mult: each cycle is this many times as long as the one before.
-        final_learning_rate: what the cosine of each cycle goes to.
-        weight_decay: constant, or one for each cycle. AdamWR normalises it by the
-            length of the cycle: see the example. None: not driven.
-
-    Returns:
-        One phase for each cycle.
-
-    Raises:
-        ValueError: an argument out of range, or not as many decays as cycles.
-
-    Example:
-        >>> from adamw_jax import normalized_weight_decay
-        >>> decays = [normalized_weight_decay(0.025, 128, 50_000, t) for t in (10, 20)]
-        >>> print(cosine_restarts(1e-3, cycles=2, epochs=10, steps_per_epoch=391,
-        ...                       mult=2, weight_decay=decays))
-        steps       learning_rate      weight_decay
-        0-3909      0.001 -> 0 cosine  0.0004
-        3910-11729  0.001 -> 0 cosine  0.000282843
-
-    References:
-        Loshchilov and Hutter, `SGDR <https://arxiv.org/abs/1608.03983>`_, 2017, and
-        `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_,
-        2019 (AdamWR).
-    """
-    part = _stretches(steps, epochs, steps_per_epoch)
-    _positive(learning_rate=learning_rate, cycles=cycles, mult=mult)
-    if int(cycles) != cycles:
-        raise ValueError(f"cycles must be an integer, got {cycles!r}")
-    decays = weight_decay if isinstance(weight_decay, Sequence) else None
-    if decays is not None and len(decays) != cycles:
-        raise ValueError(f"{len(decays)} weight decays for {cycles} cycles")
-    return Phases(
-        tuple(
-            Phase(
-                **part(mult**i),
-                learning_rate=(learning_rate, final_learning_rate, "cosine"),
-                weight_decay=weight_decay if decays is None else decays[i],
-            )
-            for i in range(int(cycles))
-        ),
-        steps_per_epoch,
-    )
-
-
-def range_test(
-    start: float = 1e-5,
-    end: float = 10.0,
-    *,
-    steps: int = 100,
-    kind: Literal["exponential", "linear"] = "exponential",
-) -> Phases:
-    """The learning-rate range test: a rate that grows until the loss diverges.
-
-    Args:
-        start: the first rate.
-        end: reached behind the last step, as in fastai.
-        steps: length of the test.
-        kind: of the growth.
-
-    Returns:
-        One phase.
-
-    Raises:
-        ValueError: an argument out of range.
-
-    Example:
-        >>> [f"{range_test().at(k)['learning_rate']:.2e}" for k in (0, 50, 99)]
-        ['1.00e-05', '1.00e-02', '8.71e+00']
-
-    Source: Smith, `Cyclical Learning Rates <https://arxiv.org/abs/1506.01186>`_, 2017.
-    """
-    _positive(start=start, end=end, steps=steps)
-    check_choice("kind", kind, ("exponential", "linear"))
-    return Phases((Phase(steps=steps, learning_rate=(start, end, kind)),))

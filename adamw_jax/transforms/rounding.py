@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._tree import compute_dtype, increment, map_leaves, need_params
+from .._checks import need_params
+from .._tree import compute_dtype, increment, map_leaves
 
 
 def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._tree import check_scalar, increment, map_leaves, scalar_dtype, zeros_like_params
-from ..apply import NewParams, multiplied, update_and_apply
+from .._checks import check_scalar
+from .._transformation import Transformation, multiply
+from .._tree import (
+    find_states,
+    increment,
+    map_leaves,
+    scalar_dtype,
+    zeros_like_params,
+)
+from ..apply import describe_step, update_and_apply
 
 
 class AccumulateState(NamedTuple):
@@ -30,7 +38,7 @@ def accumulate_gradients(
     use_grad_mean: bool = True,
     *,
     skip_nonfinite: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Gives the inner transformation the mean gradient of k micro-batches.
 
     $$ \bar g = \sum_{i=1}^k w_i g_i \Big/ \sum_{i=1}^k w_i, \qquad w_i = 1 $$
@@ -106,73 +114,81 @@ def accumulate_gradients(
             inner_state=inner.init(params),
         )
 
-    def update(
-        updates,
-        state,
-        params=None,
-        *,
-        weight=1.0,
-        last=False,
-        _apply=False,
-        **extra_args,
-    ) -> tuple[Any, AccumulateState]:
+    def add_to_window(grads, state, params, run, wait, weight, last):
+        """Adds a micro-batch, then runs the inner transformation if it is the last."""
         check_scalar("weight", weight)
-        weight, updates = jnp.asarray(weight, state.weight.dtype), multiplied(updates)
-        finite = _all_finite(updates) if skip_nonfinite else jnp.asarray(True)
-        taken = finite & (weight > 0)
-        opening = state.micro_step == 0
-        total = jnp.where(opening, 0.0, state.weight) + jnp.where(taken, weight, 0.0)
+        weight = jnp.asarray(weight, state.weight.dtype)
+        finite = _all_finite(grads) if skip_nonfinite else jnp.asarray(True)
+        counts = finite & (weight > 0)
+        opens = state.micro_step == 0
+        total = jnp.where(opens, 0.0, state.weight) + jnp.where(counts, weight, 0.0)
 
-        # Not ==: a schedule may shrink a window below what is there already.
+        # Not ==: a schedule may shrink the window below the micro-batches in it.
         k = jnp.asarray(window(state.step), jnp.int32)
-        closing = (state.micro_step + 1 >= k) | jnp.asarray(last, bool)
-        runs = closing & (total > 0)
+        closes = (state.micro_step + 1 >= k) | jnp.asarray(last, bool)
+        runs = closes & (total > 0)
         # The mean is made with the last sum, where it costs no pass of its own.
         divides = runs if use_grad_mean else jnp.asarray(False)
-        factor = jnp.where(divides, 1 / total, 1.0)
+        divisor = jnp.where(divides, 1 / total, 1.0)
 
-        def add(i, g, before):
-            del i
+        def add(_, g, before):
             # Selected, not multiplied: 0 * NaN is NaN. And -0.0 + g is g, to the bit.
-            before = jnp.where(opening, -0.0, before)
+            before = jnp.where(opens, -0.0, before)
             after = before + weight.astype(before.dtype) * g.astype(before.dtype)
-            after = jnp.where(taken, after, before) * factor.astype(before.dtype)
+            after = jnp.where(counts, after, before) * divisor.astype(before.dtype)
             return after, after
 
         # Outside of the cond: inside, XLA copies the sums to either branch and back.
-        sums, grads = map_leaves(add, updates, {"state.grads": state.grads}, carried=1)
-
-        def run(sums, inner_state, params):
-            if _apply is True:
-                new, new_state = update_and_apply(
-                    inner, sums, inner_state, params, **extra_args
-                )
-            else:
-                new, new_state = inner.update(sums, inner_state, params, **extra_args)
-                new = jax.tree.map(_cast_like, new, sums)
-            # The types of the other branch: Optax's Adam makes bfloat16 moments float32
-            return new, jax.tree.map(_cast_like, new_state, inner_state)
-
-        def wait(sums, inner_state, params):
-            if _apply is True:
-                return params, inner_state
-            # -0.0, the neutral element: -0.0 + 0.0 would flip the sign of a zero.
-            return jax.tree.map(lambda x: jnp.full_like(x, -0.0), sums), inner_state
-
+        mean, sums = map_leaves(add, grads, {"state.grads": state.grads}, carried=1)
         out, inner_state = jax.lax.cond(
-            runs, run, wait, sums, state.inner_state, params
+            runs, run, wait, mean, state.inner_state, params
         )
-        return NewParams(out, params) if _apply is True else out, AccumulateState(
-            jnp.where(closing, 0, state.micro_step + 1),
+        return out, AccumulateState(
+            jnp.where(closes, 0, state.micro_step + 1),
             jnp.where(runs, increment(state.step), state.step),
             jnp.where(finite, state.skipped, increment(state.skipped)),
             runs,
             total,
-            grads,
+            sums,
             inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def update(
+        updates, state, params=None, *, weight=1.0, last=False, **extra_args
+    ) -> tuple[Any, AccumulateState]:
+        def run(mean, inner_state, params):
+            new, new_state = inner.update(mean, inner_state, params, **extra_args)
+            # The types of the other branch: Optax's Adam makes bfloat16 moments float32
+            new = jax.tree.map(_cast_like, new, mean)
+            return new, jax.tree.map(_cast_like, new_state, inner_state)
+
+        def wait(mean, inner_state, params):
+            del params
+            # -0.0, the neutral element: -0.0 + 0.0 would flip the sign of a zero.
+            return jax.tree.map(lambda x: jnp.full_like(x, -0.0), mean), inner_state
+
+        return add_to_window(updates, state, params, run, wait, weight, last)
+
+    def step(
+        grads, state, params, *, factor=None, weight=1.0, last=False, **extra_args
+    ) -> tuple[Any, AccumulateState]:
+        def run(mean, inner_state, params):
+            params, new_state = update_and_apply(
+                inner, mean, inner_state, params, **extra_args
+            )
+            return params, jax.tree.map(_cast_like, new_state, inner_state)
+
+        def wait(mean, inner_state, params):
+            del mean
+            return params, inner_state
+
+        grads = multiply(grads, factor)
+        return add_to_window(grads, state, params, run, wait, weight, last)
+
+    def describe(params):
+        return f"where a window closes: {describe_step(inner, params)}; else nothing"
+
+    return Transformation(init, update, step=step, describe_step=describe)
 
 
 def has_updated(state: optax.OptState) -> jax.Array:
@@ -198,8 +214,7 @@ def has_updated(state: optax.OptState) -> jax.Array:
         >>> print(has_updated(state))
         True
     """
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AccumulateState))
-    found = [leaf for leaf in leaves if isinstance(leaf, AccumulateState)]
+    found = find_states(state, AccumulateState)
     if len(found) != 1:
         raise ValueError(f"the state is that of {len(found)} accumulations, not 1")
     # Out of the Variable of nnx.Optimizer, if it holds the state.

@@ -1,4 +1,4 @@
-"""Many small leaves in a few buffers, made once, for an update that costs one leaf."""
+"""Packs many small leaves into a few buffers, so that updating them costs one leaf."""
 
 import functools
 import math
@@ -10,19 +10,19 @@ import optax
 
 from .._tree import broadcast, describe_mismatch, path_string
 
-# Buffers are multiples of it, so that they can be sharded over 2, 4, 8, ... devices.
+# Buffer sizes are multiples of it, so buffers can be sharded over 2, 4, 8, ... devices.
 _MULTIPLE = 1024
 
 
 class _Layout:
-    """Which leaf lies where; the static part of a :class:`Flat`."""
+    """Which leaf is where: the static part of a :class:`Packed`."""
 
     def __init__(self, treedef: Any, paths: tuple, structs: tuple, names: tuple):
         self.treedef = treedef
         self.paths = paths
         self.structs = structs
-        self.names = names  # of the buffer of each leaf; None: it is alone
-        self.alone = [i for i, name in enumerate(names) if name is None]
+        self.names = names  # the buffer of each leaf; None: it is not packed
+        self.unpacked = [i for i, name in enumerate(names) if name is None]
         self.packed: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             if name is not None:
@@ -30,7 +30,7 @@ class _Layout:
         self._identity = (treedef, self.paths, self.structs, self.names)
         self._hash = hash(self._identity)
 
-    # Asked at every call of a compiled function: the same object, as a rule.
+    # Compared at every call of a compiled function, mostly with itself.
     def __hash__(self):
         return self._hash
 
@@ -42,20 +42,20 @@ class _Layout:
         )
 
 
-# The same object for the same layout, also where gradients were flattened apart.
+# Equal layouts are one object, also if gradients are packed on their own.
 _layout = functools.lru_cache(_Layout)
 
 
-class Flat:
-    """A tree of arrays whose small leaves lie in a few buffers; see :func:`flatten`.
+class Packed:
+    """A tree of arrays whose small leaves are in a few buffers; see :func:`pack`.
 
-    Itself a pytree, of the buffers and the leaves that were left alone, so that it goes
-    wherever parameters go: into `jax.grad`, `init`, `update`, `jit`, `jax.device_put`.
+    A pytree of the buffers and the leaves that are not packed, so it goes wherever
+    parameters go: into `jax.grad`, `init`, `update`, `jit`, `jax.device_put`.
 
     Attributes:
-        buffers: by name, which is their dtype and what the masks say; arrays
-            `[multiple of 1,024]`.
-        leaves: the others, in their order.
+        buffers: arrays `[multiple of 1,024]` by name, which is their dtype and the
+            values of the masks.
+        leaves: the leaves that are not packed, in order.
     """
 
     def __init__(self, buffers: dict[str, Any], leaves: list[Any], layout: _Layout):
@@ -65,10 +65,10 @@ class Flat:
 
     @property
     def tree(self) -> Any:
-        """The tree that was flattened, as views: slices that fuse into what uses them.
+        """The original tree, as slices of the buffers that fuse into their users.
 
-        The gradient of what is computed from it is a :class:`Flat` again. Out of `jit`
-        it copies.
+        The gradient with respect to a :class:`Packed` is a :class:`Packed`. Outside of
+        `jit` this copies.
         """
 
         def split(array, structs):
@@ -81,96 +81,131 @@ class Flat:
 
         return _spread(self, split, self.leaves)
 
+    def evaluate_on_leaves(self, name: str, function: Any) -> "Packed":
+        """Evaluates a function of trees, such as a mask, on the original leaves.
+
+        Args:
+            name: of the function, for the error.
+            function: from a tree of shapes to a tree with a value for each leaf.
+
+        Returns:
+            A :class:`Packed` with one value in place of each array.
+
+        Raises:
+            ValueError: two leaves of one buffer have different values.
+        """
+        layout = self._layout
+        others = [
+            layout.structs[i] if hasattr(leaf, "dtype") else leaf
+            for i, leaf in zip(layout.unpacked, self.leaves, strict=True)
+        ]
+        tree = function(_spread(self, lambda _, structs: structs, others))
+        values, buffers = layout.treedef.flatten_up_to(tree), {}
+        for buffer, (first, *rest) in layout.packed.items():
+            for i in rest:
+                if values[i] != values[first]:
+                    raise ValueError(
+                        f"{name} is {values[first]!r} for {layout.paths[first]} and "
+                        f"{values[i]!r} for {layout.paths[i]}, which share a buffer; "
+                        "pass it to pack as well: pack(params, mask)"
+                    )
+            buffers[buffer] = values[first]
+        return Packed(buffers, [values[i] for i in layout.unpacked], layout)
+
     def __repr__(self):
         layout = self._layout
-        lines = [f"{len(layout.paths)} leaves, {len(self.leaves)} of them alone"]
+        lines = [f"{len(layout.paths)} leaves, {len(self.leaves)} of them not packed"]
         for name, buffer in self.buffers.items():
             what = getattr(buffer, "shape", buffer)
             lines.append(f"{name}: {len(layout.packed[name])} leaves in {what}")
         return "\n".join(lines)
 
 
-def _with_keys(flat: Flat) -> tuple[Any, _Layout]:
-    key, paths = jax.tree_util.DictKey, flat._layout.paths
-    alone = zip(flat._layout.alone, flat.leaves, strict=True)
-    children = [(key(name), buffer) for name, buffer in flat.buffers.items()]
-    return children + [(key(paths[i]), leaf) for i, leaf in alone], flat._layout
+def _with_keys(packed: Packed) -> tuple[Any, _Layout]:
+    key, paths = jax.tree_util.DictKey, packed._layout.paths
+    others = zip(packed._layout.unpacked, packed.leaves, strict=True)
+    children = [(key(name), buffer) for name, buffer in packed.buffers.items()]
+    return children + [(key(paths[i]), leaf) for i, leaf in others], packed._layout
 
 
-def _from_children(layout: _Layout, children: Any) -> Flat:
+def _from_children(layout: _Layout, children: Any) -> Packed:
     buffers = dict(zip(layout.packed, children, strict=False))
-    return Flat(buffers, list(children[len(buffers) :]), layout)
+    return Packed(buffers, list(children[len(buffers) :]), layout)
 
 
-jax.tree_util.register_pytree_with_keys(Flat, _with_keys, _from_children)
+jax.tree_util.register_pytree_with_keys(Packed, _with_keys, _from_children)
 
 
-def _spread(flat: Flat, split: Any, alone: list[Any]) -> Any:
-    """The original tree, of what `split(buffer, structs)` says and the leaves alone."""
-    layout = flat._layout
+def _spread(packed: Packed, split: Any, others: list[Any]) -> Any:
+    """The original tree, from `split(buffer, structs)` and the leaves not packed."""
+    layout = packed._layout
     leaves: list[Any] = [None] * len(layout.paths)
-    for i, leaf in zip(layout.alone, alone, strict=True):
+    for i, leaf in zip(layout.unpacked, others, strict=True):
         leaves[i] = leaf
     for name, indices in layout.packed.items():
-        structs, buffer = [layout.structs[i] for i in indices], flat.buffers[name]
+        structs, buffer = [layout.structs[i] for i in indices], packed.buffers[name]
         if hasattr(buffer, "dtype"):
             parts = split(buffer, structs)
         elif _is_hidden(buffer) or jax.tree_util.all_leaves([buffer]):
-            parts = [buffer] * len(indices)  # as a mask's bool
+            parts = [buffer] * len(indices)  # such as a mask's bool
         else:
             raise ValueError(
-                f"in place of buffer {name} there is a {type(buffer).__name__}, which "
-                "cannot be cut into leaves"
+                f"buffer {name} was replaced by a {type(buffer).__name__}, which "
+                "cannot be split into leaves"
             )
         for i, part in zip(indices, parts, strict=True):
             leaves[i] = part
     return layout.treedef.unflatten(leaves)
 
 
-def flatten(params: Any, *masks: Any, max_size: int = 2**16) -> Flat:
-    """Packs the small leaves of a tree into one buffer for each dtype.
+def pack(params: Any, *masks: Any, max_size: int = 2**16) -> Packed:
+    """Packs the small leaves of a tree into one buffer per dtype.
 
-    An update of thousands of small leaves is thousands of small programs, whose number
-    is what takes time, to compile and to run. Flatten the parameters **once**, before
-    `init`, and keep them so: gradients, moments and updates then are a few large
-    arrays, and the network sees its usual tree by slices.
+    Updating thousands of small leaves takes thousands of small programs; their number
+    dominates both compilation and run time. Pack the parameters **once**, before
+    `init`, and keep them packed: gradients, moments and updates are then a few large
+    arrays, and the network reads its usual tree through slices.
 
-    What depends on a leaf as a whole sees the buffer: LARS, LAMB and Muon need the
-    leaves themselves, as does code that looks for parameters by path in the state. A
-    mask or a function of labels sees the leaves if it is given to this package, or made
-    by :func:`adamw_jax.mask_by`, :func:`adamw_jax.mask_by_path` or
-    :func:`adamw_jax.labels_by_path`; any other one, given to Optax, sees the buffers.
-    It must say the same for all leaves of a buffer, as it does if it was given here.
+    `optax.flatten(inner)` concatenates all leaves at every update instead, and copies
+    parameters and gradients each time.
+
+    A rule that depends on a leaf as a whole sees the buffer: LARS, LAMB and Muon need
+    the leaves themselves, and so does code that looks for parameters by path in the
+    state. Masks and labels see the leaves if they are given to this package, or made by
+    :func:`adamw_jax.mask_by`, :func:`adamw_jax.mask_by_path` or
+    :func:`adamw_jax.labels_by_path`; other functions, given to Optax, see the buffers.
+    A mask must agree on all leaves of a buffer, which it does if it was given here.
 
     Conventions that bite:
 
-    * Save and restore `unflatten(params)` and `unflatten(state)`, plain trees, exactly
-      those of a training that was never flat; :func:`flatten_like` packs them again.
-    * Buffers are filled with zeros up to a multiple of 1,024. Their gradients are 0,
-      and so are their moments and updates, unless a rule has 0 / 0 (an eps of 0).
-    * A leaf that is sharded keeps its sharding and its place. A buffer may be sharded
-      over devices afterwards, as the moments of a state; reading its `tree` gathers it.
+    * Save and restore `unpack(params)` and `unpack(state)`. They are plain trees, those
+      of training without packing; :func:`pack_like` packs them again.
+    * Buffers are padded with zeros to a multiple of 1,024. The padding has zero
+      gradients, moments and updates, unless a rule computes 0 / 0 (an eps of 0).
+    * A sharded leaf is not packed. A buffer may be sharded over devices afterwards,
+      like the moments of a state; reading its `tree` gathers it.
 
     Args:
-        params: a tree of arrays, None allowed.
-        *masks: masks (or labels) that transformations will be given, as the `mask` of
-            :func:`adamw_jax.adamw`: trees, prefixes, or functions from params to
-            either. Leaves about which they differ lie in different buffers.
-        max_size: leaves with more numbers than that stay as they are.
+        params: a tree of arrays; None leaves are allowed.
+        *masks: the masks (or labels) that transformations will use, such as the `mask`
+            of :func:`adamw_jax.adamw`: trees, prefixes, or functions from params to
+            either. Leaves on which they differ go into different buffers.
+        max_size: leaves with more elements are not packed.
 
     Returns:
-        A :class:`Flat`, whose `tree` is the original.
+        A :class:`Packed`, whose `tree` is the original.
 
     Raises:
-        ValueError: a mask of another structure than the parameters; a max_size below 0.
+        ValueError: a mask does not have the structure of the parameters, or max_size is
+            negative.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from adamw_jax import adamw, apply_updates, no_decay_on_bias_and_norm
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
-        >>> params = flatten(params, no_decay_on_bias_and_norm)
+        >>> params = pack(params, no_decay_on_bias_and_norm)
         >>> params
-        2 leaves, 0 of them alone
+        2 leaves, 0 of them not packed
         float32/False: 1 leaves in (1024,)
         float32/True: 1 leaves in (1024,)
         >>> tx = adamw(0.1, mask=no_decay_on_bias_and_norm)
@@ -196,69 +231,69 @@ def flatten(params: Any, *masks: Any, max_size: int = 2**16) -> Flat:
     ]
     names = []
     for i, leaf in enumerate(leaves):
-        packed = leaf.size <= max_size and not _is_sharded(leaf)
-        packed = packed and jnp.issubdtype(leaf.dtype, jnp.floating)
+        small = leaf.size <= max_size and not _is_sharded(leaf)
+        small = small and jnp.issubdtype(leaf.dtype, jnp.floating)
         name = "/".join([str(leaf.dtype), *(repr(column[i]) for column in columns)])
-        names.append(name if packed else None)
+        names.append(name if small else None)
     paths = tuple(path_string(path) for path, _ in flat)
     structs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
     return _pack(leaves, _layout(treedef, paths, structs, tuple(names)))
 
 
-def unflatten(tree: Any) -> Any:
-    """Replaces each :class:`Flat` in a tree, as an optimizer's state, by its `tree`.
+def unpack(tree: Any) -> Any:
+    """Replaces each :class:`Packed` inside a tree, such as a state, by its `tree`.
 
     Args:
-        tree: parameters, a state, or anything that holds them.
+        tree: parameters, a state, or anything that contains them.
 
     Returns:
-        What it would be had :func:`flatten` never been called. The arrays are copies
-        (out of `jit`); shapes give shapes.
+        What the tree would be without :func:`pack`. The arrays are copies (outside of
+        `jit`); shapes give shapes.
 
     Raises:
-        ValueError: there is something else in place of a buffer: the moments of
-            :func:`adamw_jax.quantize_moments`, whose blocks cross the leaves.
+        ValueError: a buffer was replaced by something that cannot be split: the moments
+            of :func:`adamw_jax.quantize_moments`, whose blocks cross the leaves.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from adamw_jax import adam
         >>> params = {"a": jnp.ones(2), "b": jnp.ones((3, 1))}
-        >>> state = unflatten(adam(0.1).init(flatten(params)))
+        >>> state = unpack(adam(0.1).init(pack(params)))
         >>> jax.tree.structure(state) == jax.tree.structure(adam(0.1).init(params))
         True
     """
     return jax.tree.map(
-        lambda x: x.tree if isinstance(x, Flat) else x,
+        lambda x: x.tree if isinstance(x, Packed) else x,
         tree,
-        is_leaf=lambda x: isinstance(x, Flat),
+        is_leaf=lambda x: isinstance(x, Packed),
     )
 
 
-def flatten_like(tree: Any, like: Any) -> Any:
-    """Packs a tree as another one is packed: the inverse of :func:`unflatten`.
+def pack_like(tree: Any, like: Any) -> Any:
+    """Packs a tree the way another one is packed: the inverse of :func:`unpack`.
 
     Args:
-        tree: what `unflatten(like)` looks like: a restored state, or gradients that
-            were taken with respect to `params.tree`.
-        like: parameters or a state with a :class:`Flat` in it; shapes are enough.
+        tree: a tree with the structure of `unpack(like)`: a restored state, or
+            gradients with respect to `params.tree`.
+        like: parameters or a state that contain a :class:`Packed`; shapes suffice.
 
     Returns:
-        The tree, with the structure of `like`. Dtypes are those of `tree`.
+        The tree, with the structure of `like` and its own dtypes.
 
     Raises:
-        ValueError: a structure or a shape that does not fit, with the leaf's path; two
-            dtypes in one buffer.
+        ValueError: the structure or a shape differs (the message names the leaf), or a
+            buffer would hold two dtypes.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> params = flatten({"a": jnp.zeros(2), "b": jnp.zeros(3)})
+        >>> params = pack({"a": jnp.zeros(2), "b": jnp.zeros(3)})
         >>> grads = {"a": jnp.ones(2), "b": jnp.ones(3)}
-        >>> print(flatten_like(grads, params).buffers["float32"][:6])
+        >>> print(pack_like(grads, params).buffers["float32"][:6])
         [1. 1. 1. 1. 1. 0.]
     """
 
     def pack(like, sub):
-        if not isinstance(like, Flat):
+        if not isinstance(like, Packed):
             return sub
         layout = like._layout
         try:
@@ -266,7 +301,7 @@ def flatten_like(tree: Any, like: Any) -> Any:
         except (ValueError, TypeError):
             structs = layout.treedef.unflatten(layout.structs)
             raise ValueError(
-                "the tree does not have the structure of what was flattened: "
+                "the tree does not have the structure of the packed one: "
                 f"{describe_mismatch('tree', sub, structs)}"
             ) from None
         leaves = [
@@ -276,48 +311,15 @@ def flatten_like(tree: Any, like: Any) -> Any:
         for path, x, struct in zip(layout.paths, leaves, layout.structs, strict=True):
             if not _is_hidden(x) and x.shape != struct.shape:
                 raise ValueError(
-                    f"leaf {path} has the shape {x.shape}, but {struct.shape} was "
-                    "flattened"
+                    f"leaf {path} must have the packed shape {struct.shape}, got "
+                    f"{x.shape}"
                 )
         return _pack(leaves, layout)
 
-    return jax.tree.map(pack, like, tree, is_leaf=lambda x: isinstance(x, Flat))
+    return jax.tree.map(pack, like, tree, is_leaf=lambda x: isinstance(x, Packed))
 
 
-def struct_tree(flat: Flat) -> Any:
-    """The tree that was flattened, of shapes."""
-    return _spread(
-        flat,
-        lambda _, structs: structs,
-        [
-            flat._layout.structs[i] if hasattr(leaf, "dtype") else leaf
-            for i, leaf in zip(flat._layout.alone, flat.leaves, strict=True)
-        ],
-    )
-
-
-def collapse(name: str, tree: Any, flat: Flat) -> Flat:
-    """One value for each array, from a tree with one for each of the original leaves.
-
-    Raises:
-        ValueError: two leaves of one buffer differ.
-    """
-    layout, buffers = flat._layout, {}
-    values = layout.treedef.flatten_up_to(tree)
-    for buffer, indices in layout.packed.items():
-        first = indices[0]
-        for i in indices:
-            if values[i] != values[first]:
-                raise ValueError(
-                    f"{name} says {values[first]!r} for {layout.paths[first]} and "
-                    f"{values[i]!r} for {layout.paths[i]}, which lie in one buffer; "
-                    "give it to flatten as well: flatten(params, mask)"
-                )
-        buffers[buffer] = values[first]
-    return Flat(buffers, [values[i] for i in layout.alone], layout)
-
-
-def _pack(leaves: list[Any], layout: _Layout) -> Flat:
+def _pack(leaves: list[Any], layout: _Layout) -> Packed:
     buffers = {}
     for name, indices in layout.packed.items():
         if all(_is_hidden(leaves[i]) for i in indices):
@@ -330,7 +332,7 @@ def _pack(leaves: list[Any], layout: _Layout) -> Flat:
         size = sum(part.size for part in parts)
         parts.append(jnp.zeros(-size % _MULTIPLE, dtypes[0]))
         buffers[name] = jnp.concatenate(parts)
-    return Flat(buffers, [leaves[i] for i in layout.alone], layout)
+    return Packed(buffers, [leaves[i] for i in layout.unpacked], layout)
 
 
 def _is_hidden(x: Any) -> bool:

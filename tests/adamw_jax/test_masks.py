@@ -190,7 +190,7 @@ def test_masks_that_do_not_fit(mask, error, message):
         with pytest.raises(error, match=message):
             make(0.1, mask).init(p)
     with pytest.raises(error, match=message):
-        aj.freeze(aj.sgd(0.1), mask).init(p)
+        aj.freeze_leaves(aj.sgd(0.1), mask).init(p)
 
 
 def test_a_pattern_that_is_none():
@@ -285,7 +285,7 @@ def test_default_label():
 )
 def test_frozen_leaves_do_not_move_by_one_bit(inner, lenient):
     p0 = FLAX | {"Conv_0": {"kernel": jnp.array([-0.0, 0.0, 1e-30, 3.7])}}
-    tx = aj.freeze(inner, aj.mask_by_path("^(Conv|BatchNorm)"))
+    tx = aj.freeze_leaves(inner, aj.mask_by_path("^(Conv|BatchNorm)"))
     p, state = p0, tx.init(p0)
     assert not any(x.shape == (3, 3, 1, 4) for x in jax.tree.leaves(state))
     step = jax.jit(tx.update)
@@ -299,14 +299,14 @@ def test_frozen_leaves_do_not_move_by_one_bit(inner, lenient):
 
 def test_frozen_leaves_do_not_count_in_a_norm(lenient):
     p = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    tx = aj.freeze(optax.clip_by_global_norm(1.0), {"a": True, "b": False})
+    tx = aj.freeze_leaves(optax.clip_by_global_norm(1.0), {"a": True, "b": False})
     updates, _ = tx.update({"a": jnp.full(1, 1e6), "b": jnp.ones(1)}, tx.init(p), p)
     np.testing.assert_allclose(updates["b"], 1.0)
 
 
 def test_a_frozen_leaf_without_a_gradient():
     p = {"a": jnp.ones(1), "b": {"w": jnp.ones(1)}}
-    tx = aj.freeze(aj.adamw(1e-2), {"a": False, "b": True})
+    tx = aj.freeze_leaves(aj.adamw(1e-2), {"a": False, "b": True})
     g = {"a": jnp.ones(1), "b": {"w": None}}
     updates, _ = tx.update(g, tx.init(p), p)
     assert updates["b"]["w"] is None
@@ -318,13 +318,13 @@ def test_extra_arguments_pass_a_freeze():
         lambda p: (),
         lambda u, s, p=None, *, k, **_: (jax.tree.map(lambda x: k * x, u), s),
     )
-    tx = aj.freeze(inner, {"a": True, "b": False})
+    tx = aj.freeze_leaves(inner, {"a": True, "b": False})
     p = {"a": jnp.ones(1), "b": jnp.ones(1)}
     np.testing.assert_array_equal(tx.update(p, tx.init(p), p, k=3.0)[0]["b"], 3.0)
 
 
 def test_hyperparameters_of_a_frozen_optimizer():
-    tx = aj.freeze(aj.adamw(1e-2), aj.mask_by_path("^Conv"))
+    tx = aj.freeze_leaves(aj.adamw(1e-2), aj.mask_by_path("^Conv"))
     state = aj.override_hyperparams(tx.init(FLAX), learning_rate=0.5)
     assert float(aj.current_hyperparams(state)["learning_rate"]) == 0.5
     updates, _ = tx.update(FLAX, state, FLAX)

@@ -1,16 +1,18 @@
-"""The optimizers: chains, conventions of decay, Optax's signatures and numbers."""
+"""The optimizers: conventions of decay, Optax's signatures and numbers."""
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import adam_loop, constant, sgd_loop, trajectory
+from tiers import examples, matrix
 
 import adamw_jax as aj
 
@@ -64,8 +66,15 @@ def test_signatures_of_optax(name):
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
 
 
-@pytest.mark.parametrize("dampened", [False, True])
-@pytest.mark.parametrize("decay", [{}, {"l2": 0.1}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    ("dampened", "decay"),
+    matrix(
+        list(
+            itertools.product((False, True), ({}, {"l2": 0.1}, {"weight_decay": 0.1}))
+        ),
+        quick=[(True, {}), (False, {"l2": 0.1}), (True, {"weight_decay": 0.1})],
+    ),
+)
 def test_sgd_with_cycled_momentum(x64, dampened, decay):
     phases = aj.one_cycle(1e-2, steps=40)
     expected = sgd_loop(
@@ -106,7 +115,7 @@ def test_one_cycle_against_numpy(x64, name):
 
 
 def test_the_articles_adam(x64):
-    """PyTorch 0.4 as it was: current beta to the power t, eps on the raw root."""
+    """As in PyTorch 0.4: the current beta to the power t, eps on the raw root."""
     phases = aj.one_cycle(1e-2, steps=40, b2=0.99)
     m, v, p, expected = 0.0, 0.0, P0, []
     for t, g in enumerate(GRADS):
@@ -123,8 +132,17 @@ def test_the_articles_adam(x64):
     np.testing.assert_allclose(path(tx), expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("make", [aj.adamw, aj.amsgrad, aj.sgd])
-@pytest.mark.parametrize("kind", ["constant", "phases", "schedule"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    matrix(
+        list(
+            itertools.product(
+                (aj.adamw, aj.amsgrad, aj.sgd), ("constant", "phases", "schedule")
+            )
+        ),
+        quick=[(aj.adamw, "phases"), (aj.amsgrad, "constant"), (aj.sgd, "schedule")],
+    ),
+)
 def test_loshchilov_and_hutter(x64, make, kind):
     """p <- p - eta_t (alpha u + lambda p): no learning rate on the decay."""
     alpha, decay = 1e-2, 3e-3
@@ -151,7 +169,7 @@ def test_loshchilov_and_hutter(x64, make, kind):
 
 
 def test_decay_by_the_schedule_does_not_move_with_the_rate():
-    """With no gradient only the decay is left: the same for any base rate."""
+    """Without gradient only the decay acts: the same for any base rate."""
     for lr in (1e-4, 1e-2):
         tx = aj.adamw(lr, weight_decay=0.01, decay_scale="schedule")
         p = jnp.ones(2)
@@ -172,7 +190,7 @@ def test_phases_drive_the_decay():
         for k in range(4):
             updates, state = tx.update(zeros, state, p)
             np.testing.assert_allclose(updates, -0.1 * k, atol=1e-6)
-    # As an L2 gradient, Adam normalises it away.
+    # Adam normalises an L2 gradient away.
     tx = aj.adam(phases)
     state = tx.init(p)
     _, state = tx.update(zeros, state, p)
@@ -284,7 +302,7 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@examples(25, derandomize=True)
 @given(
     trees.filter(lambda tree: tree is not None),
     optimizers,
@@ -292,7 +310,7 @@ def zeros_like(tree):
     st.booleans(),
 )
 def test_any_tree(params, tx, seed, wide):
-    """Structure, shapes, dtypes survive; each leaf moves as if it were alone."""
+    """Structure, shapes and dtypes survive; each leaf moves as if it were alone."""
     with jax.enable_x64(wide):
         rng = np.random.default_rng(seed)
         if wide:
@@ -329,7 +347,16 @@ def check_any_tree(params, grads, tx):
         np.testing.assert_array_equal(np.asarray(p, float), np.asarray(q, float))
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@jax.jit
+def updates_under(b1, b2, g):
+    """The updates for a constant gradient with the given betas, one pair a step."""
+    tx = aj.scale_by_adam(lambda t: b1[t], lambda t: b2[t], eps=0.0)
+    return jax.lax.scan(
+        lambda state, _: tx.update(g, state)[::-1], tx.init(g), None, length=len(b1)
+    )[1]
+
+
+@examples(40, derandomize=True)
 @given(
     st.lists(
         st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)), min_size=1, max_size=30
@@ -337,11 +364,8 @@ def check_any_tree(params, grads, tx):
     st.floats(-5, 5).map(lambda x: 10.0**x),
 )
 def test_constant_gradient_under_any_betas(betas, size):
-    """However b1 and b2 wander, a constant gradient gives its sign."""
+    """A constant gradient gives its sign, for any sequence of b1 and b2."""
+    betas += betas[-1:] * (30 - len(betas))  # one length, so one program
     b1, b2 = (jnp.asarray(column, jnp.float32) for column in zip(*betas, strict=True))
-    tx = aj.scale_by_adam(lambda t: b1[t], lambda t: b2[t], eps=0.0)
-    g = jnp.array([size, -size], jnp.float32)
-    state = tx.init(g)
-    for _ in betas:
-        updates, state = tx.update(g, state)
-        np.testing.assert_allclose(updates, [1.0, -1.0], rtol=5e-6)
+    updates = updates_under(b1, b2, jnp.array([size, -size], jnp.float32))
+    np.testing.assert_allclose(updates, [[1.0, -1.0]] * 30, rtol=5e-6)

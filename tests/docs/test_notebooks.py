@@ -1,4 +1,4 @@
-"""The notebooks are the scripts next to them. `make notebooks` runs them."""
+"""Each notebook equals the script next to it. `make notebooks` runs them."""
 
 import re
 from pathlib import Path
@@ -16,18 +16,18 @@ def code(notebook):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path):
     notebook, script = jupytext.read(path), jupytext.read(path.with_suffix(".py"))
-    one, other = (
+    cells, expected = (
         [(cell.cell_type, cell.source) for cell in pair.cells]
         for pair in (notebook, script)
     )
-    assert one == other, f"jupytext --update --to ipynb colab/{path.stem}.py"
-    assert notebook.metadata["kernelspec"]["name"] == "python3"  # of whose Python it is
+    assert cells == expected, f"jupytext --update --to ipynb colab/{path.stem}.py"
+    assert notebook.metadata["kernelspec"]["name"] == "python3"  # any Python's
 
     assert not any(cell.outputs or cell.execution_count for cell in code(notebook))
     lines = "\n".join(cell.source for cell in code(notebook)).splitlines()
     assert len([line for line in lines if re.match(r"\s*[^\s#]", line)]) <= 40
 
-    # the badge opens this notebook, of the repository that it clones
+    # The badge opens this notebook in the repository that it clones.
     (repository,) = re.findall(
         r'REPOSITORY = "https://github.com/(.*)"', "\n".join(lines)
     )

@@ -1,6 +1,6 @@
-"""The README's table of facts: what Optax and PyTorch do where this library differs.
+"""What Optax and PyTorch do where this library differs: docs/exactness.md, row by row.
 
-A row is a test. The tests of Optax's behaviour hold for one version of it.
+The tests of Optax's behaviour hold for one version of it.
 """
 
 import jax
@@ -35,7 +35,7 @@ def test_first_update_in_float32():
 
 
 def test_cycled_b1():
-    """A constant gradient of 1, 1cycle over 50 steps: the tenth step should be 1."""
+    """Under a constant gradient of 1, the tenth of 50 steps of 1cycle should be 1."""
     cycle = aj.one_cycle_torch(1.0, 50)
     b1 = cycle.schedule("b1")
 
@@ -71,7 +71,7 @@ def test_amsgrad_is_not_pytorchs_with_any_flag(flags):
         opt.step()
     theirs, displacement = p.detach().numpy(), p.detach().abs().mean().item()
 
-    def end(tx):
+    def final_params(tx):
         q, state, update = jnp.zeros(20), tx.init(jnp.zeros(20)), jax.jit(tx.update)
         for g in grads:
             updates, state = update(jnp.asarray(g), state)
@@ -81,8 +81,8 @@ def test_amsgrad_is_not_pytorchs_with_any_flag(flags):
     by_optax = optax.amsgrad(
         1e-2, bias_correction_mu=flags[0], bias_correction_nu=flags[1]
     )
-    assert np.abs(end(by_optax) - theirs).mean() > 0.3 * displacement
-    assert np.abs(end(aj.amsgrad(1e-2)) - theirs).max() < 5e-6
+    assert np.abs(final_params(by_optax) - theirs).mean() > 0.3 * displacement
+    assert np.abs(final_params(aj.amsgrad(1e-2)) - theirs).max() < 5e-6
 
 
 def test_one_cycle():
@@ -115,7 +115,7 @@ def test_callable_mask_in_inject_hyperparams():
         theirs = optax.inject_hyperparams(optax.adamw)(
             0.1, weight_decay=0.1, mask=lambda x: getattr(x, "ndim", 0) > 1
         )
-    assert (decay(theirs) == 0).all()  # switched off, without a word
+    assert (decay(theirs) == 0).all()  # silently switched off
     np.testing.assert_allclose(decay(aj.adamw(0.1, weight_decay=0.1, mask=mask)), -0.01)
 
 
@@ -141,7 +141,7 @@ def test_none_gradient():
 
 @pytest.mark.parametrize(("b1", "theirs"), [(0.9, 0.969), (0.99, 0.6875)])
 def test_bfloat16_mu(b1, theirs):
-    """A constant gradient of 1; ours is in test_transforms.py."""
+    """A constant gradient of 1; ours is in adamw_jax/transforms/test_moments.py."""
     tx = optax.scale_by_adam(b1=b1, mu_dtype=jnp.bfloat16)
     g = jnp.ones(8)
     step = jax.jit(lambda _, state: tx.update(g, state)[1])
@@ -159,7 +159,7 @@ def test_nu_never_decays_with_bfloat16_parameters():
 
 
 def test_small_updates_of_bfloat16_parameters():
-    """300 updates of 1e-3, from 1; ours is in test_transforms.py."""
+    """300 updates of 1e-3, from 1; ours is in adamw_jax/transforms/test_moments.py."""
     p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     opt = torch.optim.SGD([p], lr=1e-3)
     q, update = jnp.ones(1, jnp.bfloat16), jnp.full(1, -1e-3)
@@ -171,7 +171,7 @@ def test_small_updates_of_bfloat16_parameters():
 
 
 def test_maximizing_makes_the_decay_grow():
-    """flip_sign=False turns the decay round as well."""
+    """flip_sign=False flips the sign of the decay as well."""
     p = jnp.ones(1)
     theirs = optax.chain(
         optax.scale_by_adam(),
@@ -184,7 +184,7 @@ def test_maximizing_makes_the_decay_grow():
 
 
 def test_counters():
-    """Of an AdamW with three schedules: five there, the phases' and Adam's here."""
+    """AdamW with three schedules: five counters there; here the phases' and Adam's."""
 
     def counters(state):
         return sum(x.dtype == jnp.int32 for x in jax.tree.leaves(state))
@@ -197,7 +197,7 @@ def test_counters():
 
 
 def test_nan_in_a_micro_batch():
-    """Optax multiplies the sum of the window before by 0."""
+    """Optax multiplies the sum of the previous window by 0."""
     grads = [jnp.array([jnp.nan]), *[jnp.ones(1)] * 3]
     last = {}
     for name, accumulate in (
@@ -213,7 +213,7 @@ def test_nan_in_a_micro_batch():
 
 
 def test_nan_leaks_from_optax():
-    """An inner one that divides by a norm, at a first gradient of zero."""
+    """The inner transformation divides by a norm; the first gradient is zero."""
     p, zeros = jnp.ones(2), jnp.zeros(2)
     normalize = optax.stateless(lambda u, _: u / jnp.linalg.norm(u))
     theirs = optax.MultiSteps(normalize, 2)
@@ -226,7 +226,7 @@ def test_nan_leaks_from_optax():
 
 
 def test_the_clipped_gradient_is_written(lenient):
-    """By Optax into another buffer, by PyTorch in its place; here into neither."""
+    """Optax writes it to another buffer, PyTorch in place; here it is never written."""
     size = 100_000
 
     def temporary(clip):

@@ -1,25 +1,22 @@
-"""train.generate on tiny networks, and language_model.load, which opens their runs."""
+"""train.generate on tiny networks: what is sampled, and the command."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from orbax.checkpoint import v1 as ocp
+from tiny_language_model import save_state, train_tiny
 
-from train import generate, language_model
+from train import generate
 from train.data import text
 from train.models import awd
-from train.run import checkpoint, record
+from train.run import trained_language_model
 
-pytestmark = pytest.mark.usefixtures("lenient", "cache")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -33,23 +30,20 @@ def lines(seed, count):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished run with a text of its own; to be read alone."""
-    tmp_path = tmp_path_factory.mktemp("runs")
+    """The folder of a finished run with a text of its own, which tests only read."""
+    folder = tmp_path_factory.mktemp("runs")
     for i, (name, count) in enumerate({"train": 200, "valid": 30, "test": 40}.items()):
-        (tmp_path / f"{name}.txt").write_text(lines(i, count))
-    config = language_model.Config(
-        data_dir=tmp_path, embedding=16, width=16, layers=2, epochs=20, batch_size=4,
-        bptt=10, lengths=1, learning_rate=0.05, window=50, input_dropout=0.1,
-        output_dropout=0.1, weight_dropout=0.1, out=tmp_path, name="run",
+        (folder / f"{name}.txt").write_text(lines(i, count))
+    return train_tiny(
+        folder, embedding=16, width=16, layers=1, epochs=20, bptt=10, lengths=1,
+        learning_rate=0.05, words_dropout=0.1, input_dropout=0.1, hidden_dropout=0.2,
+        output_dropout=0.1, weight_dropout=0.1, alpha=3.0, beta=1.5,
     )  # fmt: skip
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        language_model.main(config)
-    return tmp_path / "run"
 
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """One that may be changed."""
+    """A copy, which may be changed."""
     return shutil.copytree(run, tmp_path / "copy")
 
 
@@ -65,9 +59,9 @@ def untrained(kind="lstm", words=12, seed=5, scale=6, bias=()):
     return net
 
 
-def draw(net, prompt, *, tokens=20, samples=1, temperature=1.0, never=(0,), **more):
+def draw(net, prompt, *, tokens=20, samples=1, temperature=1.0, banned=(0,), **more):
     graphdef, params = nnx.split(net)
-    banned = np.isin(np.arange(len(net.bias[...])), never)
+    mask = np.isin(np.arange(len(net.bias[...])), banned)
     return np.asarray(
         generate.sample(
             graphdef,
@@ -75,7 +69,7 @@ def draw(net, prompt, *, tokens=20, samples=1, temperature=1.0, never=(0,), **mo
             np.array(prompt, np.int32),
             jax.random.key(more.pop("seed", 0)),
             np.float32(temperature),
-            banned,
+            mask,
             tokens=tokens,
             samples=samples,
             **more,
@@ -105,7 +99,7 @@ def softmax(logits, temperature, allowed):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lstm", "qrnn"])
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("qrnn", marks=pytest.mark.slow)])
 def test_greedy_is_a_loop_over_the_likeliest_words(kind):
     net, prompt = untrained(kind), [3, 1, 4, 1, 5]
     expected = list(prompt)
@@ -125,15 +119,15 @@ def test_greedy_is_a_loop_over_the_likeliest_words(kind):
 def test_frequencies_are_those_of_the_softmax(temperature, top_k):
     """Of pairs of words, so that the state of a sample is its own."""
     net, prompt, n = untrained(seed=2, scale=10), [2, 7], 100_000
-    never = (0, 3)
+    banned = (0, 3)
     drawn = draw(
-        net, prompt, tokens=2, samples=n, temperature=temperature, never=never,
+        net, prompt, tokens=2, samples=n, temperature=temperature, banned=banned,
         top_k=top_k,
     )  # fmt: skip
 
     def chances(tokens):
         logits = logits_after(net, tokens)
-        allowed = ~np.isin(np.arange(12), never)
+        allowed = ~np.isin(np.arange(12), banned)
         if top_k:
             allowed &= logits >= np.sort(logits[allowed])[-top_k]
         return softmax(logits, temperature, allowed)
@@ -155,9 +149,9 @@ def test_frequencies_are_those_of_the_softmax(temperature, top_k):
 def test_what_is_not_to_be_drawn_is_not():
     net = untrained(bias=[(0, 50.0), (1, 50.0)])  # all but certain
     for more in ({}, {"temperature": 0}, {"top_k": 3}):
-        drawn = draw(net, [2], tokens=200, never=(0, 1), **more)
+        drawn = draw(net, [2], tokens=200, banned=(0, 1), **more)
         assert not np.isin(drawn, (0, 1)).any()
-        assert (draw(net, [2], tokens=200, never=(0,), **more) == 1).any()
+        assert (draw(net, [2], tokens=200, banned=(0,), **more) == 1).any()
 
 
 def test_at_a_high_temperature_all_are_drawn_alike():
@@ -192,7 +186,7 @@ def test_the_texts(run, capsys):
         assert {*words} <= {*WORDS, ".", "\n", "", "xyz"}
         assert len([w for w in words if w]) == 103
     head, *_ = printed.splitlines()
-    assert head == f"{run}, seed 0, step {language_model.load(run).step:,}"
+    assert head == f"{run}, seed 0, step {trained_language_model.load(run).step:,}"
     assert "read as <unk>: xyz\n" in printed
     assert " 2 of 3 -" in printed
     assert max(map(len, printed.splitlines()[1:])) <= 88
@@ -216,13 +210,13 @@ def test_what_was_learned(run):
 
 def test_unknown_words_on_request(copy):
     """<unk> made all but certain."""
-    trained = language_model.load(copy)
+    trained = trained_language_model.load(copy)
     params = trained.params
     unknown = trained.vocabulary.index(text.UNKNOWN)
     params["bias"][...] = params["bias"][...].at[unknown].set(50.0)
     pad = trained.vocabulary.index(text.PAD)
     params["bias"][...] = params["bias"][...].at[pad].set(60.0)
-    save(copy, step=trained.step + 1, params=params)
+    save_state(copy, step=trained.step + 1, params=params)
     for allow in (False, True):
         config = generate.Config(copy, tokens=30, allow_unknown=allow)
         (drawn,) = generate.main(config)
@@ -232,14 +226,13 @@ def test_unknown_words_on_request(copy):
 
 
 def test_prompts_are_cut_as_the_text_was(run):
-    trained = language_model.load(run)
+    trained = trained_language_model.load(run)
     prompt = "The tower's Height,\nis 12"
     files = ["The", "tower's", "Height,", "<eos>", "is", "12"]
-    assert generate.words_of(prompt, trained) == files
-    settings = language_model.dataclasses.replace(trained.config, data_dir=None)
-    embedded = trained._replace(config=settings)
+    assert generate.split_prompt(prompt, trained) == files
+    embedded = trained._replace(data_dir=None)
     own = ["the", "tower's", "height", ",", "is", "12"]
-    assert generate.words_of(prompt, embedded) == own
+    assert generate.split_prompt(prompt, embedded) == own
 
 
 @pytest.mark.parametrize(
@@ -261,173 +254,27 @@ def test_what_is_refused(run, change):
         generate.main(generate.Config(run, **change))
 
 
-def test_the_command_line(run, cache):
-    args = ["--prompt", "w3 w4", "--tokens", "4", "--top-k", "None", "--temperature=0"]
+LINE = ["--prompt", "w3 w4", "--tokens", "4", "--top-k", "None", "--temperature=0"]
+
+
+def test_the_command_line(run):
+    config = generate.parse_args([str(run), *LINE])
+    expected = {"prompt": "w3 w4", "tokens": 4, "top_k": None, "temperature": 0.0}
+    assert config == generate.Config(run, **expected)
+    (drawn,) = generate.main(config)
+    assert drawn.startswith("w3 w4 w5 w6")
+    with pytest.raises(SystemExit):
+        generate.parse_args([])
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process(run, cache):
     done = subprocess.run(
-        [sys.executable, "-m", "train.generate", str(run), *args],
+        [sys.executable, "-m", "train.generate", str(run), *LINE],
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
         capture_output=True,
         text=True,
         check=True,
     )
-    config = generate.Config(run, prompt="w3 w4", tokens=4, top_k=None, temperature=0.0)
-    (expected,) = generate.main(config)
+    (expected,) = generate.main(generate.parse_args([str(run), *LINE]))
     assert done.stdout.splitlines()[-1] == expected.splitlines()[-1]
-    assert expected.startswith("w3 w4 w5 w6")
-
-
-# ---------------------------------------------------------------------------
-# opening a run
-# ---------------------------------------------------------------------------
-
-
-def save(folder, step, params, average=None, averaged=-1, seed=0):
-    """A checkpoint as training writes it, but for what is not read."""
-    state = language_model.State(
-        jnp.int32(step), params, (jnp.zeros(3),), (jnp.zeros((4, 16)),), jnp.zeros(3),
-        average, jnp.int32(averaged),
-    )  # fmt: skip
-    with checkpoint.open_folder(folder / "checkpoints" / str(seed)) as checkpoints:
-        checkpoint.save(checkpoints, step, state)
-        checkpoints.wait()
-
-
-def change(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-def same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-def test_load(run):
-    trained = language_model.load(run)
-    vocabulary = text.wikitext2(run.parent).vocabulary
-    assert trained.vocabulary == vocabulary
-    settings = json.loads((run / "config.json").read_text())
-    for key, value in vars(trained.config).items():
-        assert json.loads(json.dumps(value, default=str)) == settings[key]
-    language_model.check(trained.config)
-    assert trained.config.data_dir == run.parent
-    (end,) = record.lines_of(run, "end", 0)
-    assert (trained.seed, trained.step, trained.ended) == (0, end["step"], True)
-    with checkpoint.open_folder(run / "checkpoints" / "0") as checkpoints:
-        columns = text.columns(text.wikitext2(run.parent).train, 4)
-        programs = language_model.build(trained.config, len(vocabulary), len(columns))
-        like = language_model.compiled(
-            programs, columns, language_model.chunks_of(trained.config, 300, 0, 0)[0]
-        ).state
-        state = checkpoint.restore(checkpoints, like)
-    same(trained.params, state.params)
-    # the same net as was judged
-    net = nnx.merge(trained.graphdef, trained.params)
-    assert net.embedding.shape == (len(vocabulary), 16)
-    assert len(jax.tree.leaves(trained.params)[0].sharding.device_set) == 1
-
-
-def test_load_takes_the_average_once_it_has_begun(copy):
-    trained = language_model.load(copy)
-    change(copy, average_after=5)
-    twice = jax.tree.map(lambda p: 2 * p, trained.params)
-    for averaged, expected in ((-1, trained.params), (0, trained.params), (3, twice)):
-        step = trained.step + 2 + averaged
-        save(copy, step, trained.params, twice, averaged)
-        loaded = language_model.load(copy)
-        assert loaded.step == step
-        same(loaded.params, expected)
-
-
-def test_load_changes_nothing_and_minds_no_other_process(copy):
-    """What a process that trains has not finished to write stays there."""
-    steps = copy / "checkpoints" / "0"
-    (last,) = steps.iterdir()
-    half = steps / f"{int(last.name) + 1}.orbax-checkpoint-tmp"
-    shutil.copytree(last, half)
-    (copy / "checkpoints" / "1").mkdir()
-    (copy / "checkpoints" / "notes.txt").touch()
-
-    def everything():
-        return {
-            path: (path.stat().st_mtime_ns, path.stat().st_size)
-            for path in (copy, *copy.rglob("*"))
-        }
-
-    before = everything()
-    with record.alone(copy):
-        assert language_model.load(copy).step == int(last.name)
-    with pytest.raises(ValueError, match="no checkpoint of seed 1 yet, but of 0$"):
-        language_model.load(copy, 1)
-    assert everything() == before
-
-
-def test_load_of_a_run_that_goes_on(copy, capsys):
-    log = copy / "metrics.jsonl"
-    record.rewrite_lines(
-        log, [x for x in record.read_lines(log) if x["event"] != "end"]
-    )
-    trained = language_model.load(copy)
-    assert not trained.ended
-    generate.main(generate.Config(copy, tokens=3))
-    step = f"step {trained.step:,} of an unfinished run\n"
-    assert step in capsys.readouterr().out
-    # its last checkpoint is removed while it is read
-    load, newer = ocp.load, trained.step + 5
-
-    def too_late(path, like):
-        if path.name == str(trained.step):
-            params = jax.tree.map(lambda p: p + 1, trained.params)
-            for step in (trained.step + 2, newer):
-                save(copy, step, params)
-            assert not path.exists()
-        return load(path, like)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.ocp, "load", too_late)
-        loaded = language_model.load(copy)
-    assert loaded.step == newer
-    same(loaded.params, jax.tree.map(lambda p: p + 1, trained.params))
-
-
-def test_load_of_several_seeds(copy):
-    trained = language_model.load(copy)
-    save(copy, 9, jax.tree.map(lambda p: p + 1, trained.params), seed=12)
-    assert language_model.load(copy).seed == 0
-    other = language_model.load(copy, 12)
-    assert (other.seed, other.step, other.ended) == (12, 9, False)
-    with pytest.raises(ValueError, match=r"of seed 1 yet, but of 0, 12$"):
-        language_model.load(copy, 1)
-    shutil.rmtree(copy / "checkpoints" / "0")
-    assert language_model.load(copy).seed == 12
-
-
-def test_load_refuses_what_is_no_run(copy, tmp_path):
-    with pytest.raises(ValueError, match="nowhere does not exist"):
-        language_model.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is not the folder of a run"):
-        language_model.load(tmp_path)
-    vocabulary = copy / "vocabulary.json"
-    words = json.loads(vocabulary.read_text())["words"]
-    record.write_json(vocabulary, {"words": words[::-1]})
-    with pytest.raises(ValueError, match="is not the vocabulary of this run"):
-        language_model.load(copy)
-    record.write_json(vocabulary, {"words": words})
-    change(copy, script="cifar10")
-    with pytest.raises(ValueError, match="is not the folder of a run"):
-        language_model.load(copy)
-    change(copy, script="language_model", width=24)
-    with pytest.raises(
-        ValueError, match=r"does not fit the settings of its run.*changed"
-    ):
-        language_model.load(copy)
-    shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(ValueError, match="of seed 0 yet, nor any other$"):
-        language_model.load(copy)
-
-
-def test_the_folder_may_be_relative(run, monkeypatch):
-    """As on the command line: runs/NAME."""
-    absolute = language_model.load(run)
-    monkeypatch.chdir(run.parent)
-    relative = language_model.load(Path(run.name))
-    same(relative.params, absolute.params)

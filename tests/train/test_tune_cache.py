@@ -1,4 +1,4 @@
-"""train.tune_cache on a tiny run: the grid, what is judged, its files, its errors."""
+"""train.tune_cache on a tiny run: grid, evaluation, files, errors."""
 
 import dataclasses
 import json
@@ -7,20 +7,21 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 from matplotlib.image import imread
+from tiny_language_model import change_config, train_tiny
 
-from train import language_model, tune_cache
+from train import tune_cache
 from train.data import text
 from train.evals import neural_cache, perplexity
-from train.run import record
+from train.run import log
+from train.run.trained_language_model import load
 
-pytestmark = pytest.mark.usefixtures("lenient", "cache")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
-WORDS = [f"w{i}" for i in range(40)]
+WORDS = [f"w{i}" for i in range(20)]
 GRID = {
     "windows": (5, 20, 60),
     "thetas": (0.0, 0.3, 1.0, 4.0),
@@ -31,50 +32,42 @@ GRID = {
 def lines(seed, count):
     """Of a word that is repeated, so that looking it up is worth much."""
     rng = np.random.default_rng(seed)
-    chosen = (rng.choice(WORDS, 3)[rng.integers(0, 3, 8)] for _ in range(count))
+    chosen = (rng.choice(WORDS, 3)[rng.integers(0, 3, 9)] for _ in range(count))
     return "".join(f"{' '.join(line)}\n" for line in chosen)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished run; to be read alone."""
-    tmp_path = tmp_path_factory.mktemp("runs")
-    for i, (name, count) in enumerate({"train": 200, "valid": 40, "test": 50}.items()):
-        (tmp_path / f"{name}.txt").write_text(lines(i, count))
-    config = language_model.Config(
-        data_dir=tmp_path, embedding=16, width=16, layers=2, epochs=2, batch_size=4,
-        bptt=10, lengths=1, learning_rate=0.02, theta=0.5, lambda_=0.1, window=30,
-        out=tmp_path, name="run",
-    )  # fmt: skip
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        language_model.main(config)
-    return tmp_path / "run"
+    """The folder of a finished run, which tests only read."""
+    folder = tmp_path_factory.mktemp("runs")
+    for i, (name, count) in enumerate({"train": 64, "valid": 40, "test": 50}.items()):
+        (folder / f"{name}.txt").write_text(lines(i, count))
+    return train_tiny(folder, theta=0.5, lambda_=0.1, window=30)
 
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """One that may be changed."""
+    """A copy, which may be changed."""
     return shutil.copytree(run, tmp_path / "copy")
 
 
-def change(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-def judged(folder, split, window, theta, lambda_):
-    """By language_model.judge, a segment at a time."""
-    trained = language_model.load(folder)
+def evaluated(folder, split, window, theta, lambda_):
+    """As training evaluates, a segment at a time."""
+    trained = load(folder)
     net = nnx.merge(trained.graphdef, trained.params)
-    read = perplexity.reader(trained.graphdef)
-    config = dataclasses.replace(
-        trained.config, window=window, theta=theta, lambda_=lambda_
-    )
-    return language_model.judge(
-        config,
-        language_model.Programs(None, net, None, None, read, read),
-        language_model.State(0, trained.params, None, None, None, None, -1),
-        getattr(text.wikitext2(trained.config.data_dir), split),
+    tokens = getattr(text.wikitext2(trained.data_dir), split)
+    return perplexity.evaluate(
+        perplexity.segments(
+            perplexity.reader(trained.graphdef),
+            trained.params,
+            net.initial_state(1),
+            tokens,
+        ),
+        len(tokens) - 1,
+        theta=theta,
+        lambda_=lambda_,
+        window=window,
+        convention=trained.config.pointer,
     )
 
 
@@ -101,20 +94,20 @@ def test_the_whole_job(copy, capsys):
     assert results["valid"]["tuned"] < 0.9 * results["valid"]["no cache"]
     assert results["valid"]["tuned"] < results["valid"]["the run's"]
 
-    # as training judges, with these values and with its own
-    (end,) = record.lines_of(copy, "end", 0)
+    # as training evaluates, with these values and with its own
+    (end,) = log.read_events(copy, "end", 0)
     assert results["the run's"] == {"window": 30, "theta": 0.5, "lambda_": 0.1}
     for split in ("valid", "test"):
-        tuned, expected = results[split], judged(copy, split, *best)
+        tuned, expected = results[split], evaluated(copy, split, *best)
         assert tuned["tuned"] == pytest.approx(expected["with_cache"], rel=2e-6)
-        for values in (end[split], judged(copy, split, 30, 0.5, 0.1)):
+        for values in (end[split], evaluated(copy, split, 30, 0.5, 0.1)):
             assert tuned["no cache"] == pytest.approx(values["perplexity"], rel=2e-6)
             assert tuned["the run's"] == pytest.approx(values["with_cache"], rel=2e-6)
 
     # any other cell as well
     i, j, k = 0, 3, 0
     triple = [values[n] for values, n in zip(GRID.values(), (i, j, k), strict=True)]
-    expected = judged(copy, "valid", *triple)["with_cache"]
+    expected = evaluated(copy, "valid", *triple)["with_cache"]
     assert grid[i, j, k] == pytest.approx(expected, rel=2e-6)
 
     # files
@@ -138,13 +131,13 @@ def test_the_whole_job(copy, capsys):
 def test_the_pointer_is_that_of_the_run(copy):
     """Salesforce's is used only where there are as many pairs as in the window."""
     article = tune_cache.main(tune_cache.Config(copy, **GRID))
-    change(copy, pointer="salesforce")
+    change_config(copy, pointer="salesforce")
     theirs = tune_cache.main(tune_cache.Config(copy, **GRID))
     one, other = (np.array(x["perplexities"]) for x in (article, theirs))
     assert np.abs(one - other).max() > 0.01
     best = theirs["tuned"].values()
     for split in ("valid", "test"):
-        expected = judged(copy, split, *best)["with_cache"]
+        expected = evaluated(copy, split, *best)["with_cache"]
         assert theirs[split]["tuned"] == pytest.approx(expected, rel=2e-6)
 
 
@@ -173,7 +166,7 @@ def test_the_edge_of_the_grid_is_told(copy, capsys):
 def test_edges(tmp_path, best, n, expected):
     tuned = neural_cache.Tuned(np.zeros(()), *best)
     config = tune_cache.Config(tmp_path, **GRID)
-    assert tune_cache.edges(config, tuned, n) == expected
+    assert tune_cache.find_edges(config, tuned, n) == expected
 
 
 def test_the_grid_has_the_best_of_small_and_large_networks(tmp_path):
@@ -188,15 +181,15 @@ def test_the_grid_has_the_best_of_small_and_large_networks(tmp_path):
 
 def test_segments_are_put_together(run, monkeypatch):
     """A text of many segments is the same stream."""
-    trained = language_model.load(run)
-    tokens = text.wikitext2(trained.config.data_dir).valid
-    whole = tune_cache.evaluate(trained, tokens)
+    trained = load(run)
+    tokens = text.wikitext2(trained.data_dir).valid
+    whole = tune_cache.predict(perplexity.reader(trained.graphdef), trained, tokens)
     monkeypatch.setattr(perplexity, "ROWS", 2)
     monkeypatch.setattr(perplexity, "BLOCK", 2)
-    pieces = tune_cache.evaluate(trained, tokens)
+    pieces = tune_cache.predict(perplexity.reader(trained.graphdef), trained, tokens)
     np.testing.assert_array_equal(whole.targets, tokens[1:])
     np.testing.assert_array_equal(pieces.targets, tokens[1:])
-    assert whole.states.shape == (len(tokens) - 1, 16)
+    assert whole.states.shape == (len(tokens) - 1, 8)
     np.testing.assert_allclose(pieces.states, whole.states, atol=2e-5)
     np.testing.assert_allclose(pieces.log_probs, whole.log_probs, atol=2e-5)
 
@@ -213,26 +206,26 @@ def test_nothing_of_another_grid_is_lost(copy):
     file = copy / "cache-0.json"
     content = file.read_text()
     other = dataclasses.replace(config, thetas=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"cache-0.json is of other thetas; pass --ov"):
+    with pytest.raises(ValueError, match=r"cache-0.json has other thetas; pass --ov"):
         tune_cache.main(other)
     assert file.read_text() == content
     tune_cache.main(dataclasses.replace(other, overwrite=True))
     assert json.loads(file.read_text())["thetas"] == [0.5, 1.0]
     file.write_text("my notes")
-    with pytest.raises(ValueError, match="is of other script, step"):
+    with pytest.raises(ValueError, match="has other script, step"):
         tune_cache.main(config)
     assert file.read_text() == "my notes"
 
 
 def test_data_that_has_moved(copy, tmp_path):
-    change(copy, data_dir=str(tmp_path / "gone"))
+    folder = load(copy).data_dir
+    change_config(copy, data_dir=str(tmp_path / "gone"))
     small = {"windows": (20,), "thetas": (1.0,), "lambdas": (0.2,)}
     config = tune_cache.Config(copy, **small)
-    with pytest.raises(ValueError, match=r"is not in .*gone \(any more\).* --data-dir"):
+    with pytest.raises(ValueError, match=r"no longer in .*gone: .* --data-dir"):
         tune_cache.main(config)
-    place = language_model.load(copy).config.out
-    found = tune_cache.main(dataclasses.replace(config, data_dir=place))
-    expected = record.lines_of(copy, "end", 0)[0]["test"]["perplexity"]
+    found = tune_cache.main(dataclasses.replace(config, data_dir=folder))
+    expected = log.read_events(copy, "end", 0)[0]["test"]["perplexity"]
     assert found["test"]["no cache"] == pytest.approx(expected, rel=2e-6)
 
 
@@ -241,24 +234,24 @@ def test_data_of_another_vocabulary(copy, tmp_path):
         (tmp_path / f"{name}.txt").write_text("some other words\n" * 9)
     config = tune_cache.Config(copy, data_dir=tmp_path)
     match = (
-        r"^data_dir: the vocabulary of .* \(6 words\) is not that of .* \(43 words\)"
+        r"^data_dir: the vocabulary of .* \(6 words\) is not that of .* \(23 words\)"
     )
     with pytest.raises(ValueError, match=match):
         tune_cache.main(config)
 
 
 def test_data_of_a_run_of_the_embedded_text(copy, tmp_path, monkeypatch):
-    corpus = text.wikitext2(language_model.load(copy).config.data_dir)
-    change(copy, data_dir=None)
+    corpus = text.wikitext2(load(copy).data_dir)
+    change_config(copy, data_dir=None)
     with pytest.raises(ValueError, match="data_dir must be None for"):
         tune_cache.main(tune_cache.Config(copy, data_dir=tmp_path))
-    trained = language_model.load(copy)
+    trained = load(copy)
     monkeypatch.setattr(text, "pydoc_topics", lambda: corpus)
-    assert tune_cache.read(tune_cache.Config(copy), trained) is corpus
+    assert tune_cache.load_text(tune_cache.Config(copy), trained) is corpus
     other = corpus._replace(vocabulary=corpus.vocabulary[::-1])
     monkeypatch.setattr(text, "pydoc_topics", lambda: other)
     with pytest.raises(ValueError, match="vocabulary of this Python's documentation"):
-        tune_cache.read(tune_cache.Config(copy), trained)
+        tune_cache.load_text(tune_cache.Config(copy), trained)
 
 
 @pytest.mark.parametrize(
@@ -276,21 +269,34 @@ def test_data_of_a_run_of_the_embedded_text(copy, tmp_path, monkeypatch):
 )
 def test_grids_that_are_refused(run, change):
     (option,) = change
-    with pytest.raises(ValueError, match=f"^{option} must be one or more numbers"):
+    with pytest.raises(
+        ValueError, match=f"^{option} must be one or more increasing numbers"
+    ):
         tune_cache.main(tune_cache.Config(run, **change))
 
 
 def test_no_such_run(run, tmp_path):
     with pytest.raises(ValueError, match="is not the folder of a run"):
         tune_cache.main(tune_cache.Config(tmp_path))
-    with pytest.raises(ValueError, match="no checkpoint of seed 3 yet, but of 0"):
+    with pytest.raises(ValueError, match="no checkpoint of seed 3, only of 0"):
         tune_cache.main(tune_cache.Config(run, seed=3))
 
 
-def test_the_command_line(copy, cache):
-    args = ["--windows", "5", "20", "--thetas", "0.5", "1", "--lambdas", "0.2"]
+LINE = ["--windows", "5", "20", "--thetas", "0.5", "1", "--lambdas", "0.2"]
+
+
+def test_the_command_line(run):
+    config = tune_cache.parse_args([str(run), *LINE])
+    grid = {"windows": (5, 20), "thetas": (0.5, 1.0), "lambdas": (0.2,)}
+    assert config == tune_cache.Config(run, **grid)
+    with pytest.raises(SystemExit):
+        tune_cache.parse_args([])
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process(copy, cache):
     done = subprocess.run(
-        [sys.executable, "-m", "train.tune_cache", str(copy), *args],
+        [sys.executable, "-m", "train.tune_cache", str(copy), *LINE],
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
         capture_output=True,
         text=True,
@@ -306,5 +312,5 @@ def test_other_texts_of_the_same_words_are_refused(run, tmp_path):
     data_dir = shutil.copytree(run.parent, tmp_path / "text")
     valid, test = (data_dir / f"{name}.txt" for name in ("valid", "test"))
     valid.write_text(test.read_text())
-    with pytest.raises(ValueError, match="in other texts: were they changed"):
+    with pytest.raises(ValueError, match="but other texts: were they changed"):
         tune_cache.main(tune_cache.Config(run, data_dir=data_dir))

@@ -1,21 +1,54 @@
-"""python -m train.bench cifar10 | language_model | images | update | ..."""
+"""Benchmarks, each a table of times: python -m train.bench NAME [options].
 
-import importlib
+python -m train.bench --help
+python -m train.bench update --help
+"""
+
+import functools
+import operator
 import sys
+from typing import Annotated, Any
 
-BENCHES = {
-    "cifar10": "networks",
-    "language_model": "networks",
-    "images": "images",
-    "update": "update",
-    "packing": "packing",
-    "accumulation": "accumulation",
+import tyro
+
+from train.bench import accumulation, cifar10, images, language_model, packing, update
+from train.run import devices
+
+BENCHES: dict[str, Any] = {
+    "cifar10": cifar10,
+    "language_model": language_model,
+    "images": images,
+    "update": update,
+    "packing": packing,
+    "accumulation": accumulation,
 }
 
+
+def parse_args(args: list[str]) -> Any:
+    """The configuration of the benchmark that the first argument names."""
+    configs: Any = functools.reduce(
+        operator.or_,
+        (
+            Annotated[bench.Config, tyro.conf.subcommand(name.replace("_", "-"))]
+            for name, bench in BENCHES.items()
+        ),
+    )
+    return tyro.cli(
+        configs, prog="python -m train.bench", description=__doc__, args=args
+    )
+
+
+def main(args: list[str]) -> None:
+    config = parse_args(args)
+    if not isinstance(config, update.Config | packing.Config):  # these time compilation
+        devices.use_compilation_cache()
+    if isinstance(config, cifar10.Config | images.Config):
+        # convolutions use one core per device, large matrix products all of them
+        devices.use_all_cores(config.batch_size)
+    for bench in BENCHES.values():
+        if isinstance(config, bench.Config):
+            bench.main(config)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in BENCHES:
-        name = sys.argv[1]
-        module = importlib.import_module(f"train.bench.{BENCHES[name]}")
-        module.command(name, sys.argv[2:])
-    else:
-        sys.exit(f"python -m train.bench {' | '.join(BENCHES)} [--help]")
+    main(sys.argv[1:])

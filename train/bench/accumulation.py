@@ -1,23 +1,26 @@
-"""What a micro-batch of gradient accumulation costs, beside an AdamW step.
+"""What a micro-batch of gradient accumulation costs, beside a step of AdamW.
 
-    python -m train.bench_accumulate
-    python -m train.bench_accumulate --parameters 100000000 --every-k 8
+    python -m train.bench accumulation
+    python -m train.bench accumulation --parameters 100000000 --every-k 8
 
-Times `adamw_jax.accumulate_gradients`, applied in two ways, `optax.MultiSteps`, AdamW
-alone and the sum alone, one micro-batch at a time: all around the same AdamW, compiled,
-parameters and state donated, in turns in one process. A micro-batch that closes its
-window is timed apart from those that do not. Gradients are random; no network is run.
+Times `adamw_jax.accumulate_gradients`, `optax.MultiSteps`, AdamW without accumulation,
+and the bare sum, all around the same AdamW, on random gradients: compiled, with
+parameters and state donated. No network is run. The micro-batch that completes a window
+is timed apart from those before it.
 
-The floor counts what must be read and written, once and in float32. For a parameter: 12
-bytes for the sum (gradient and sum in, sum out), 28 for AdamW (gradient, moments and
-parameter in, the last three out), 32 where a window closes (AdamW's, and the sum in).
+A transformation is applied in one call, by `update_and_apply`, or in two, by
+`tx.update` and `apply_updates`. The table compares like with like: each row with the
+AdamW that is applied in the same way.
+
+The floor counts what must be read and written, in float32. Per parameter: 12 bytes for
+the sum (gradient and sum in, sum out), 28 for AdamW (gradient, moments and parameter
+in, the last three out), 32 for a completed window (AdamW's, and the sum in). It assumes
+the bandwidth of a copy of the same number of parameters, timed in the same turns.
 """
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,8 +29,9 @@ import numpy as np
 import optax
 
 import adamw_jax as aj
-from train.run import devices, record
-from train.run.report import markdown
+from train.bench import harness, probes
+from train.bench.harness import Bench, Program
+from train.recipes.check import check_options
 
 # ---------------------------------------------------------------------------
 # config
@@ -35,66 +39,56 @@ from train.run.report import markdown
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(harness.Turns):
     """Times micro-batches of gradient accumulation."""
 
-    parameters: int = 10_000_000  # in all
-    leaves: int = 10  # of as many parameters each
+    parameters: int = 10_000_000  # in total
+    leaves: int = 10  # of the same size
     every_k: int = 4  # micro-batches in a window
-    turns: int = 20  # windows; best and median of them are reported
-
-    out: Path = Path("runs")  # where the folder with the results goes
-    name: str | None = None  # of that folder; None: bench-accumulate-DATE
-    overwrite: bool = False  # replace the results of an earlier run of that name
+    turns: int = 20  # windows; best, median and spread of them are reported
 
 
-def check(c: Config) -> None:
-    for option, least in {"leaves": 1, "every_k": 2, "turns": 1}.items():
-        if getattr(c, option) < least:
-            raise ValueError(
-                f"{option} must be at least {least}, got {getattr(c, option)!r}"
+def check(config: Config) -> None:
+    harness.check_at_least(config, leaves=1, every_k=2, turns=1)
+    parameters, leaves = config.parameters, config.leaves
+    check_options(
+        config,
+        {
+            "parameters": (
+                parameters >= 1 and parameters % leaves == 0,
+                f"a positive multiple of the {leaves} leaves",
             )
-    if c.parameters < 1 or c.parameters % c.leaves:
-        raise ValueError(
-            f"parameters must be a multiple of the {c.leaves} leaves, at least 1 each, "
-            f"got {c.parameters!r}"
-        )
-
-
-# ---------------------------------------------------------------------------
-# what is timed: step(params, state, grads) -> params, state
-# ---------------------------------------------------------------------------
-
-Step = Callable[[Any, Any, Any], tuple[Any, Any]]
-SUM, ADAMW, CLOSING = 12, 28, 32  # bytes for a parameter, at least
-PLAIN, SUM_ALONE = "AdamW alone", "the sum alone"
-
-
-def programs(every_k: int) -> dict[str, tuple[Callable[[Any], Any], Step]]:
-    """By name: what makes the state, and the step."""
-    adamw = aj.adamw(1e-3, weight_decay=0.1)
-    ours, theirs = (
-        aj.accumulate_gradients(adamw, every_k),
-        optax.MultiSteps(adamw, every_k),
+        },
     )
 
-    def by_updates(tx, params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return aj.apply_updates(params, updates), state
 
-    def at_once(params, state, grads):
-        return aj.update_and_apply(ours, grads, state, params)
+# ---------------------------------------------------------------------------
+# steps: (params, state, grads) -> params, state
+# ---------------------------------------------------------------------------
 
-    def sum_only(params, state, grads):
-        return params, jax.tree.map(jnp.add, state, grads)
+SUM, ADAMW, WINDOW_END = 12, 28, 32  # bytes per parameter, at least
+ONE_CALL, TWO_CALLS = "update_and_apply", "two calls"
+ADAMW_NAME, BARE_SUM = "AdamW", "sum"
 
-    return {
-        "ours, update_and_apply": (ours.init, at_once),
-        "ours, apply_updates": (ours.init, functools.partial(by_updates, ours)),
-        "optax.MultiSteps": (theirs.init, functools.partial(by_updates, theirs)),
-        PLAIN: (adamw.init, functools.partial(by_updates, adamw)),
-        SUM_ALONE: (lambda p: jax.tree.map(jnp.zeros_like, p), sum_only),
-    }
+
+class Step:
+    """Parameters and state that a compiled step advances."""
+
+    def __init__(self, config: Config, grads: Any, init: Callable, step: Callable):
+        self.params, self.grads = random_tree(0, config), grads
+        self.state = init(self.params)
+        args = self.params, self.state, self.grads
+        self.compiled: Any = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+
+    def run(self, calls: int) -> None:
+        for _ in range(calls):
+            args = self.params, self.state, self.grads
+            self.params, self.state = self.compiled(*args)
+        jax.block_until_ready((self.params, self.state))
+
+    def temporary_bytes(self) -> int:
+        memory = self.compiled.memory_analysis()
+        return memory.temp_size_in_bytes if memory else 0
 
 
 def random_tree(seed: int, config: Config) -> dict[str, jax.Array]:
@@ -106,111 +100,107 @@ def random_tree(seed: int, config: Config) -> dict[str, jax.Array]:
     }
 
 
+def in_one_call(tx, params, state, grads):
+    return aj.update_and_apply(tx, grads, state, params)
+
+
+def in_two_calls(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return aj.apply_updates(params, updates), state
+
+
+def make_steps(every_k: int) -> dict[str, tuple[Callable[[Any], Any], Callable]]:
+    """What initializes the state, and the step, by name."""
+    adamw = aj.adamw(1e-3, weight_decay=0.1)
+    ours = aj.accumulate_gradients(adamw, every_k)
+    theirs: Any = optax.MultiSteps(adamw, every_k)
+
+    def sum_gradients(params, state, grads):
+        return params, jax.tree.map(jnp.add, state, grads)
+
+    return {
+        f"accumulate_gradients, {ONE_CALL}": (
+            ours.init,
+            functools.partial(in_one_call, ours),
+        ),
+        f"accumulate_gradients, {TWO_CALLS}": (
+            ours.init,
+            functools.partial(in_two_calls, ours),
+        ),
+        f"optax.MultiSteps, {TWO_CALLS}": (
+            theirs.init,
+            functools.partial(in_two_calls, theirs),
+        ),
+        f"{ADAMW_NAME}, {ONE_CALL}": (
+            adamw.init,
+            functools.partial(in_one_call, adamw),
+        ),
+        f"{ADAMW_NAME}, {TWO_CALLS}": (
+            adamw.init,
+            functools.partial(in_two_calls, adamw),
+        ),
+        BARE_SUM: (lambda p: jax.tree.map(jnp.zeros_like, p), sum_gradients),
+    }
+
+
+def accumulates(name: str) -> bool:
+    """Whether a step has windows."""
+    return name != BARE_SUM and not name.startswith(ADAMW_NAME)
+
+
 # ---------------------------------------------------------------------------
-# turns and report
+# benchmark
 # ---------------------------------------------------------------------------
 
 
-def measure(config: Config) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """By name: seconds [turn, micro-batch of the window], and bytes of temporaries."""
-    grads = random_tree(1, config)
-    running, temporary = {}, {}
-    for name, (init, step) in programs(config.every_k).items():
-        params = random_tree(0, config)
-        state = init(params)
-        compiled: Any = (
-            jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
-        )
-        running[name] = compiled, params, state
-        memory = compiled.memory_analysis()
-        temporary[name] = memory.temp_size_in_bytes if memory else 0
-    seconds = {name: np.zeros((config.turns, config.every_k)) for name in running}
-    for turn in range(-1, config.turns):  # the first does not count
-        for name, (step, params, state) in running.items():
-            for i in range(config.every_k):
-                began = time.perf_counter()
-                params, state = jax.block_until_ready(step(params, state, grads))
-                if turn >= 0:
-                    seconds[name][turn, i] = time.perf_counter() - began
-            running[name] = step, params, state
-    return seconds, temporary
+def make_bench(config: Config) -> Bench:
+    every_k, size, grads = config.every_k, config.parameters, random_tree(1, config)
+    programs: dict[str, Callable[[], Program]] = {}
+    totals: dict[str, tuple[str, ...]] = {}
+    ratios: list[tuple[str, str]] = []
+    for name, (init, step) in make_steps(every_k).items():
+        make = functools.cache(functools.partial(Step, config, grads, init, step))
+        if accumulates(name):
+            # two rows that share a state: they run one after the other in each turn
+            rows = f"{name}: inside a window", f"{name}: end of a window"
+            programs[rows[0]] = make_program(make, every_k - 1, SUM * size)
+            programs[rows[1]] = make_program(make, 1, WINDOW_END * size)
+            totals[f"{name}: mean"] = rows
+            rows = (*rows, f"{name}: mean")
+        else:
+            work = SUM if name == BARE_SUM else ADAMW
+            programs[name] = make_program(make, every_k, work * size)
+            rows = (name,)
+        call = ONE_CALL if name.endswith(ONE_CALL) or name == BARE_SUM else TWO_CALLS
+        ratios += [(row, f"{ADAMW_NAME}, {call}") for row in rows]
+    return Bench(
+        f"{size:,} float32 parameters in {config.leaves} leaves",
+        "micro-batch",
+        f"{every_k} micro-batches",
+        programs,
+        probes.copy(size, every_k),
+        totals=totals,
+        ratios=ratios,
+        ratio_column="x AdamW",
+        columns={
+            "bytes per parameter, floor": lambda row: f"{row['floor_bytes'] / size:g}",
+            "temporary": lambda row: f"{row['temporary_bytes'] / size:.1f}",
+        },
+    )
+
+
+def make_program(
+    make_step: Callable[[], Step], calls: int, work: float
+) -> Callable[[], Program]:
+    def make() -> Program:
+        step = make_step()
+        figures = {"temporary_bytes": step.temporary_bytes()}
+        return Program(functools.partial(step.run, calls), calls, work, figures)
+
+    return make
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Prints a table and writes it to bench.json; returns what is there."""
+    """Prints the table and writes it; returns the content of bench.json."""
     check(config)
-    folder = record.new_folder(config, "bench-accumulate")
-    seconds, temporary = measure(config)
-    plain = 1e3 * float(np.median(seconds[PLAIN]))
-    mean = ((config.every_k - 1) * SUM + CLOSING) / config.every_k
-    rows: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, of: str, times: np.ndarray, floor: float) -> None:
-        ms = 1e3 * times.ravel()
-        median = float(np.median(ms))
-        rows[name] = {
-            "best_ms": float(ms.min()),
-            "median_ms": median,
-            "adamw_steps": median / plain,
-            "floor_bytes": floor * config.parameters,
-            "floor_gb_per_second": floor * config.parameters / median / 1e6,
-            "temporary_bytes": temporary[of],
-        }
-
-    for name, times in seconds.items():
-        if name == PLAIN:
-            add(name, name, times, ADAMW)
-        elif name == SUM_ALONE:
-            add(name, name, times, SUM)
-        else:
-            add(f"{name}: sums", name, times[:, :-1], SUM)
-            add(f"{name}: closes", name, times[:, -1:], CLOSING)
-            add(f"{name}: mean of a window", name, times.mean(1), mean)
-    results: dict[str, Any] = {
-        "rows": rows,
-        "window_ms": {
-            name: [1e3 * float(x) for x in times.sum(1)]
-            for name, times in seconds.items()
-        },
-    }
-    environment = record.environment()
-    page = report(config, rows, environment)
-    record.write_bench(folder, config, environment, results, page)
-    return results
-
-
-def report(config: Config, rows: dict[str, Any], environment: dict[str, Any]) -> str:
-    head = (
-        "one micro-batch",
-        "ms, best",
-        "median",
-        "x AdamW",
-        "floor, B/parameter",
-        "at GB/s",
-        "temporary, B/parameter",
-    )
-    table: list[tuple[str, ...]] = [head]
-    for name, row in rows.items():
-        table.append(
-            (
-                name,
-                f"{row['best_ms']:.3g}",
-                f"{row['median_ms']:.3g}",
-                f"{row['adamw_steps']:.2f}",
-                f"{row['floor_bytes'] / config.parameters:g}",
-                f"{row['floor_gb_per_second']:.3g}",
-                f"{row['temporary_bytes'] / config.parameters:.1f}",
-            )
-        )
-    return (
-        f"{config.parameters:,} float32 parameters in {config.leaves} leaves, windows "
-        f"of {config.every_k}, on {environment['devices']}. {config.turns} turns.\n\n"
-        f"{markdown(table)}\n"
-    )
-
-
-if __name__ == "__main__":
-    import tyro
-
-    devices.use_compilation_cache()
-    main(tyro.cli(Config))
+    return harness.run(config, "accumulation", make_bench(config))

@@ -1,22 +1,24 @@
-"""Does the device wait for its images? A training step of train.cars and what feeds it.
+"""Does the device wait for its images? A training step of train.cars and its loader.
 
-    python -m train.bench_images                      # ResNet-50, 224 pixels
-    python -m train.bench_images --architecture resnet18 --width 16 --size 64 \\
-        --steps 8 --data-dir DIR                      # on a CPU, images of your own
+    python -m train.bench images                      # ResNet-50, 224 pixels
+    python -m train.bench images --architecture resnet18 --width 16 --size 64 \\
+        --steps 8 --data-dir DIR                      # on a CPU, with your own images
 
-Times, in turns and in one process: reading and augmenting images alone, with one thread
-and with all; a step on images that are there already, with the body frozen and without,
-here and in PyTorch; and training as train.cars does it, with both at once. What this
-takes longer than its step alone is what reading costs. On a CPU threads and step share
-the cores, so that there it is not little. Without --data-dir the images are JPEGs of
-900 x 600 pixels, near the size of Stanford Cars', made for the purpose.
+Times reading and augmenting images, with one thread and with all; a step on a batch
+that is already on the device, with a frozen body and without, and in PyTorch; and
+training as train.cars does it, which reads while it computes. What training takes
+longer than its step alone is the cost of reading. On a CPU that is much, since threads
+and step share the cores.
+
+Without --data-dir the images are random JPEGs of 900 x 600 pixels, about the size of
+Stanford Cars'. The floor is the arithmetic of the network at the rate of a large matrix
+product in the same dtype: forward for a frozen body, forward and backward otherwise.
 """
 
 import dataclasses
 import functools
 import itertools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import cars
-from train.bench import timing
-from train.data import pictures as images
-from train.run import devices, record
-from train.run.report import markdown
+from train.bench import harness, probes
+from train.bench.harness import Bench, Program
+from train.data import augment, loader, pictures
+from train.models import classifier
+from train.recipes import cars as recipe
+from train.run import devices
+
+CLASSES = 196  # Stanford Cars'
+WAITING = 2  # steps that may wait for the device, as in train.cars
 
 # ---------------------------------------------------------------------------
 # config
@@ -36,37 +42,33 @@ from train.run.report import markdown
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Times a step of train.cars, the reading of its images, and both at once."""
+class Config(harness.Turns):
+    """Times a training step of train.cars, the reading of its images, and both."""
 
-    data_dir: Path | None = None  # as in train.cars; None: made for the purpose
-    architecture: cars.Architecture = "resnet50"
-    width: int = 64  # channels behind the first convolution
-    size: int = 224  # pixels of a side
+    data_dir: Path | None = None  # as for train.cars; None: random JPEGs
+    architecture: recipe.Architecture = "resnet50"
+    width: int = 64  # channels after the first convolution
+    size: int = 224  # pixels per side
     batch_size: int = 128
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
-    steps: int = 100  # per turn, many more than threads
-    turns: int = 5  # best and median of them are reported
+    steps: int = 100  # per turn; many more than threads
+    turns: int = 5  # best, median and spread of them are reported
     workers: int | None = None  # threads that read images; None: one for each core
     matmul: int | None = None  # rows of the matrix product; None: 8192, CPU 2048
     torch: bool = True  # time PyTorch as well
 
-    out: Path = Path("runs")  # where the folder with the results goes
-    name: str | None = None  # of that folder; None: bench-images-DATE
-    overwrite: bool = False  # replace the results of an earlier run of that name
 
-
-def settings_of(config: Config, data_dir: Path) -> cars.Config:
-    """Two stages, as with weights."""
+def make_settings(config: Config, data_dir: Path) -> recipe.Config:
+    """Two stages, as with pretrained weights."""
     names = ("architecture", "width", "size", "batch_size", "dtype")
     settings = {name: getattr(config, name) for name in names}
     settings |= {"frozen_epochs": 1, "epochs": 1, "divisors": (9, 3, 1)}
-    weights = Path("none.pth")  # never read: it takes as long with any
-    return cars.settled(cars.Config(data_dir, weights=weights, **settings))
+    weights = Path("none.pth")  # never read: a step takes the same time with any
+    return recipe.resolve(recipe.Config(data_dir, weights=weights, **settings))
 
 
-def made_images(folder: Path, count: int) -> Path:
-    """JPEGs of noise that is smooth, as photographs are, in two classes."""
+def write_images(folder: Path, count: int) -> Path:
+    """Writes JPEGs of noise that is smooth, as photographs are, in two classes."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -79,70 +81,79 @@ def made_images(folder: Path, count: int) -> Path:
 
 
 # ---------------------------------------------------------------------------
-# what is timed
+# programs
 # ---------------------------------------------------------------------------
 
 
-def batches_of(config: Config, files: images.Files, workers: int | None):
-    """As many as a turn has steps, and no more, so that none is read in vain."""
+def turn_batches(config: Config, files: pictures.Files, workers: int | None):
+    """The batches of a turn, and no more, so that none is read in vain."""
     count = config.steps * config.batch_size
     paths = (files.paths * -(-count // len(files.paths)))[:count]
-    files = images.Files(paths, np.resize(files.labels, count))
-    return images.train_batches(
+    files = pictures.Files(paths, np.resize(files.labels, count))
+    return loader.train_batches(
         *(files, config.size, config.batch_size),
         **{"seed": 0, "epochs": 1, "workers": workers},
     )
 
 
-def reading(config: Config, files: images.Files, workers: int | None):
-    def turn():
-        for _ in batches_of(config, files, workers):
-            pass
-
-    return turn
-
-
-def here(config: Config, settings, frozen: bool, files: images.Files | None = None):
-    """Steps on one batch or, with files, on those that are read meanwhile."""
-    programs = cars.build(settings, config.batch_size, 196)
-    stage = programs.stages[0 if frozen else 1]
-    everywhere, place = cars.everywhere(), cars.batch_place(config.batch_size)
-    whole = {"out_shardings": everywhere}
-    weights = jax.jit(programs.initial, **whole)(np.int32(0))
-    begin = functools.partial(programs.begin, stage)
-    state = jax.jit(begin, **whole)(np.int32(stage.first), *weights)
-    step = functools.partial(programs.train_step, stage)
-    step = jax.jit(step, donate_argnums=0, **whole)
-    there = jax.device_put(random_batch(config), place)
-    step = step.lower(state, *there, np.int32(0)).compile()
-
-    def turn():
-        nonlocal state
-        ahead = []
-        batches = itertools.repeat(None, config.steps)
-        if files is not None:
-            batches = batches_of(config, files, config.workers)
-        for read in batches:
-            x, y = (read["image"], read["label"]) if read else there
-            batch = jax.device_put((x, y), place)
-            if len(ahead) == 2:  # as in train.cars
-                ahead.pop(0).block_until_ready()
-            state, loss = step(state, *batch, np.int32(0))
-            ahead.append(loss)
-        jax.block_until_ready(ahead)
-
-    return turn
-
-
-def random_batch(config: Config):
+def random_batch(config: Config) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     shape = (config.batch_size, config.size, config.size, 3)
     x = rng.integers(0, 256, shape, np.uint8)
-    return x, rng.integers(0, 196, config.batch_size).astype(np.int32)
+    return x, rng.integers(0, CLASSES, config.batch_size).astype(np.int32)
 
 
-def in_pytorch(config: Config, settings) -> Callable[[], None]:
-    """The same step, all of the network: channels last, autocast."""
+def reading_program(
+    config: Config, files: pictures.Files, workers: int | None
+) -> Program:
+    def run():
+        for _ in turn_batches(config, files, workers):
+            pass
+
+    return Program(run, config.steps)
+
+
+def jax_program(
+    config: Config,
+    settings: recipe.Config,
+    frozen: bool,
+    files: pictures.Files | None = None,
+) -> Program:
+    """Steps on one batch or, with files, on batches that are read meanwhile."""
+    programs = recipe.build(settings, config.batch_size, CLASSES)
+    stage = programs.stages[0 if frozen else 1]
+    sharding = recipe.batch_sharding(config.batch_size)
+    jit = functools.partial(jax.jit, out_shardings=recipe.replicated())
+    seed = np.int32(0)
+    begin = jit(functools.partial(programs.begin_stage, stage))
+    state = begin(np.int32(stage.first), *jit(programs.init)(seed))
+    step = jit(functools.partial(programs.train_step, stage), donate_argnums=0)
+    batch = jax.device_put(random_batch(config), sharding)
+    compiled = step.lower(state, *batch, seed).compile()
+
+    def run():
+        nonlocal state
+        waiting = []
+        batches = itertools.repeat(None, config.steps)
+        if files is not None:
+            batches = turn_batches(config, files, config.workers)
+        for read in batches:
+            x, y = (read["image"], read["label"]) if read else batch
+            if len(waiting) == WAITING:
+                waiting.pop(0).block_until_ready()
+            state, loss = compiled(state, *jax.device_put((x, y), sharding), seed)
+            waiting.append(loss)
+        jax.block_until_ready(waiting)
+
+    work = None
+    if files is None:
+        passes = 1 if frozen else 3  # the backward pass is two forward passes
+        work = passes * config.batch_size * image_flops(settings)
+    return Program(run, config.steps, work)
+
+
+def torch_program(config: Config, settings: recipe.Config) -> Program:
+    """The same step of the whole network: channels last, autocast."""
     import torch
 
     from train.references import resnet as torch_resnet
@@ -151,16 +162,18 @@ def in_pytorch(config: Config, settings) -> Callable[[], None]:
     torch.backends.cudnn.benchmark = True
     net: Any = torch_resnet.ResNet(config.architecture, config.width)
     net = net.to(device, memory_format=torch.channels_last)
+    l2 = settings.l2 or 0.0
     adam = torch.optim.Adam(
-        net.parameters(), 3e-4, (0.95, 0.99), weight_decay=settings.l2, fused=True
+        net.parameters(), 3e-4, (0.95, 0.99), weight_decay=l2, fused=True
     )
     mean, std = (
-        torch.tensor(255 * v, device=device) for v in (images.MEAN, images.STD)
+        torch.tensor(255 * values, device=device)
+        for values in (augment.MEAN, augment.STD)
     )
-    x, y = (torch.tensor(a, device=device) for a in random_batch(config))
+    x, y = (torch.tensor(array, device=device) for array in random_batch(config))
     bfloat16 = settings.dtype == "bfloat16"
 
-    def turn():
+    def run():
         for _ in range(config.steps):
             adam.zero_grad()
             with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
@@ -171,126 +184,64 @@ def in_pytorch(config: Config, settings) -> Callable[[], None]:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return turn
+    return Program(run, config.steps, 3 * config.batch_size * image_flops(settings))
 
 
-def image_flops(settings) -> int:
-    """Of an image, forward."""
-    net = cars.network(settings.architecture, settings.width, "float32", 196)
-    shapes = jax.eval_shape(net.initial, jax.random.key(0))
+def image_flops(settings: recipe.Config) -> float:
+    """The FLOPs of an image, forward."""
+    net = classifier.make_network(
+        settings.architecture, settings.width, "float32", CLASSES
+    )
+    variables = jax.eval_shape(net.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, settings.size, settings.size, 3), jnp.uint8)
-    return timing.flops(lambda *args: net.logits(*args)[0], *shapes, x)
+    return probes.flops(lambda *args: net.logits(*args)[0], *variables, x)
 
 
 # ---------------------------------------------------------------------------
-# turns and report
+# benchmark
 # ---------------------------------------------------------------------------
+
+
+def make_bench(config: Config, settings: recipe.Config, files: pictures.Files) -> Bench:
+    source = "random JPEGs of 900 x 600 pixels"
+    if config.data_dir is not None:
+        source = "images of your own"
+    step, frozen, torch = "step", "step, frozen body", "PyTorch's step, eager"
+    training, frozen_training = "training", "training, frozen body"
+    reading = functools.partial(reading_program, config, files)
+    ours = functools.partial(jax_program, config, settings)
+    programs = {
+        "reading, one thread": functools.partial(reading, 1),
+        "reading, all threads": functools.partial(reading, config.workers),
+        frozen: functools.partial(ours, True),
+        step: functools.partial(ours, False),
+        frozen_training: functools.partial(ours, True, files),
+        training: functools.partial(ours, False, files),
+    }
+    if config.torch:
+        programs[torch] = functools.partial(torch_program, config, settings)
+    rows = probes.matmul_rows(config.matmul)
+    return Bench(
+        f"{config.architecture}, width {config.width}, batches of {config.batch_size} "
+        f"at {config.size} pixels from {source}, {settings.dtype}",
+        "batch",
+        f"{config.steps} batches",
+        programs,
+        probes.matrix_product(rows, jnp.dtype(settings.dtype), devices.data_mesh()),
+        may_fail=(torch,),
+        units=("images", config.batch_size),
+        ratios=[(training, step), (frozen_training, frozen), (step, torch)],
+    )
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Prints a table and writes it to bench.json; returns what is there."""
-    for option in ("steps", "turns"):
-        if getattr(config, option) < 1:
-            value = getattr(config, option)
-            raise ValueError(f"{option} must be at least 1, got {value!r}")
+    """Prints the table and writes it; returns the content of bench.json."""
+    harness.check_at_least(config, steps=1, turns=1)
     with tempfile.TemporaryDirectory() as folder:
-        if config.data_dir is None:
-            data_dir = made_images(Path(folder), 10 * max(13, config.batch_size // 8))
-        else:
-            data_dir = config.data_dir
-        pictures = images.read(data_dir)
-        settings = settings_of(config, data_dir)
-        cars.check(settings, max(len(pictures.train.labels), 2 * config.batch_size))
-        return measure(config, settings, pictures.train)
-
-
-def measure(config: Config, settings, files: images.Files) -> dict[str, Any]:
-    folder = record.new_folder(config, "bench-images")
-    n = config.matmul or (2048 if jax.default_backend() == "cpu" else 8192)
-    mesh = devices.data_mesh()
-    product, product_flops = timing.matmul_program(n, jnp.dtype(settings.dtype), mesh)
-    step, frozen = "a step", "a step, the body frozen"
-    both, torch = "reading and a step, as in training", "PyTorch's step, eager"
-    makers: dict[str, Any] = {
-        "matrix product": lambda: lambda: jax.block_until_ready(product()),
-        "reading, one thread": lambda: reading(config, files, 1),
-        "reading, all threads": lambda: reading(config, files, config.workers),
-        frozen: lambda: here(config, settings, True),
-        step: lambda: here(config, settings, False),
-        f"reading and {frozen}": lambda: here(config, settings, True, files),
-        both: lambda: here(config, settings, False, files),
-    }
-    if config.torch:
-        makers[torch] = lambda: in_pytorch(config, settings)
-    seconds, ready, failed = timing.in_turns(makers, config.turns, (torch,))
-
-    rate = product_flops / min(seconds.pop("matrix product"))
-    flops = image_flops(settings) * config.batch_size
-    floors = {frozen: flops / rate, step: 3 * flops / rate}
-    rows = {
-        name: {
-            "best_ms": 1e3 * min(turns) / config.steps,
-            "median_ms": 1e3 * float(np.median(turns)) / config.steps,
-            "images_per_second": (
-                config.steps * config.batch_size / float(np.median(turns))
-            ),
-            "floor_ms": 1e3 * floors[name] if name in floors else None,
-            "ready_seconds": ready[name],
-            "turns_ms": [1e3 * turn / config.steps for turn in turns],
-        }
-        for name, turns in seconds.items()
-    }
-    median = {name: row["median_ms"] for name, row in rows.items()}
-    results: dict[str, Any] = {
-        "rows": rows,
-        "failed": failed,
-        "matmul_tflops": rate / 1e12,
-        # of the median times; None where one was not timed
-        "training_over_step": median[both] / median[step],
-        "frozen_training_over_step": median[f"reading and {frozen}"] / median[frozen],
-        "here_over_eager": median[step] / median[torch] if torch in median else None,
-    }
-    environment = record.environment()
-    page = report(config, settings, results, environment)
-    record.write_bench(folder, config, environment, results, page)
-    return results
-
-
-def report(config: Config, settings, results: dict[str, Any], environment) -> str:
-    where = "images of 900 x 600 pixels" if config.data_dir is None else "given images"
-    lines = [
-        f"{config.architecture}, width {config.width}, batches of {config.batch_size} "
-        f"at {config.size} pixels from {where}, {settings.dtype}, on "
-        f"{environment['devices']} with {environment['cores']} cores; floors at the "
-        f"{results['matmul_tflops']:.3g} TFLOP/s of a large matrix product. "
-        f"{config.turns} turns of {config.steps} steps.",
-        "",
-    ]
-    rows: list[tuple[str, ...]] = [
-        ("", "ms per batch, best", "median", "images/s", "floor, ms")
-    ]
-    for name, row in results["rows"].items():
-        floor = "" if row["floor_ms"] is None else f"{row['floor_ms']:.3g}"
-        rows.append(
-            (name, f"{row['best_ms']:.3g}", f"{row['median_ms']:.3g}")
-            + (f"{row['images_per_second']:,.0f}", floor)
-        )
-    rows += [(name, why, "", "", "") for name, why in results["failed"].items()]
-    lines += [markdown(rows), ""]
-    lines.append(
-        f"With reading, training takes {results['training_over_step']:.2f} x its steps "
-        f"alone, {results['frozen_training_over_step']:.2f} x with the body frozen."
-    )
-    if results["here_over_eager"] is not None:
-        ratio = f"{results['here_over_eager']:.2f}"
-        lines.append(f"A step here takes {ratio} x one of PyTorch, eager.")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    import tyro
-
-    devices.use_compilation_cache()
-    config = tyro.cli(Config)
-    devices.use_all_cores(config.batch_size)
-    main(config)
+        data_dir = config.data_dir
+        if data_dir is None:
+            data_dir = write_images(Path(folder), 10 * max(13, config.batch_size // 8))
+        files = pictures.read(data_dir).train
+        settings = make_settings(config, data_dir)
+        recipe.check(settings, max(len(files.labels), 2 * config.batch_size))
+        return harness.run(config, "images", make_bench(config, settings, files))

@@ -1,18 +1,16 @@
-"""What many small leaves cost a training step, and what `flatten` saves of it.
+"""What many small leaves cost a training step, and what packing them saves.
 
-    python -m train.bench_flatten
-    python -m train.bench_flatten --layers 400 --ways flatten
+    python -m train.bench packing
+    python -m train.bench packing --layers 400 --layouts packed
 
-A network of many layers with 64 scales and 64 biases each, its gradient, and AdamW: one
-compiled step, parameters and state donated, with parameters as a tree, in
-`adamw_jax.flatten`, and as a tree in `optax.flatten`, in turns in one process.
+A network of many layers, each with 64 scales and 64 biases, its gradient and AdamW: one
+compiled step with parameters and state donated. The parameters are a tree, packed by
+`adamw_jax.flatten`, or a tree whose update is flattened by `optax.flatten`.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -21,43 +19,41 @@ import numpy as np
 import optax
 
 import adamw_jax as aj
-from train.bench import timing
-from train.run import record
-from train.run.report import markdown
+from train.bench import harness
+from train.bench.harness import Bench, Program
+from train.recipes.check import check_options
 
 # ---------------------------------------------------------------------------
 # config
 # ---------------------------------------------------------------------------
 
 WIDTH = 64
-Way = Literal["a tree", "flatten", "optax.flatten"]
+Layout = Literal["tree", "packed", "optax.flatten"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(harness.Turns):
     """Times training steps of networks with many small leaves."""
 
-    layers: tuple[int, ...] = (25, 50, 100)  # one network each, of two leaves a layer
-    ways: tuple[Way, ...] = ("a tree", "flatten", "optax.flatten")
-    calls: int = 20  # per turn
-    turns: int = 7  # best and median of them are reported
-
-    out: Path = Path("runs")  # where the folder with the results goes
-    name: str | None = None  # of that folder; None: bench-flatten-DATE
-    overwrite: bool = False  # replace the results of an earlier run of that name
+    layers: tuple[int, ...] = (25, 50, 100)  # of one network each; two leaves per layer
+    layouts: tuple[Layout, ...] = ("tree", "packed", "optax.flatten")
+    calls: int = 20  # steps per turn
 
 
-def check(c: Config) -> None:
-    least = {"calls": c.calls, "turns": c.turns, "layers": min(c.layers, default=0)}
-    for option, value in least.items():
-        if value < 1:
-            raise ValueError(f"{option} must be at least 1, got {getattr(c, option)!r}")
-    if not c.ways:
-        raise ValueError("ways must name at least one way, got ()")
+def check(config: Config) -> None:
+    harness.check_at_least(config, calls=1, turns=1)
+    layers, layouts = config.layers, config.layouts
+    check_options(
+        config,
+        {
+            "layers": (min(layers, default=0) >= 1, "one number or more, at least 1"),
+            "layouts": (layouts, "at least one of tree, packed and optax.flatten"),
+        },
+    )
 
 
 # ---------------------------------------------------------------------------
-# what is timed
+# programs
 # ---------------------------------------------------------------------------
 
 
@@ -67,7 +63,7 @@ def network(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
     return jnp.mean(x**2)
 
 
-def initial(layers: int) -> list[dict[str, jax.Array]]:
+def random_params(layers: int) -> list[dict[str, jax.Array]]:
     rng = np.random.default_rng(0)
 
     def draw():
@@ -76,91 +72,77 @@ def initial(layers: int) -> list[dict[str, jax.Array]]:
     return [{"scale": draw(), "bias": draw()} for _ in range(layers)]
 
 
-def training(
-    way: Way, layers: int, calls: int, costs: dict[str, float]
-) -> Callable[[], None]:
-    """Writes into `costs` what it takes to compile, in seconds."""
-    params: Any = initial(layers)
-    if way == "flatten":
-        params = aj.flatten(params)
-    adamw = aj.adamw(1e-3, weight_decay=0.1)
-    tx = optax.flatten(adamw) if way == "optax.flatten" else adamw
-    state, x = tx.init(params), jnp.ones(WIDTH)
+def make_step(layout: Layout, layers: int) -> tuple[Any, Any, Any]:
+    """(params, state, x) -> params, state, and the first two."""
+    params: Any = random_params(layers)
+    if layout == "packed":
+        params = aj.pack(params)
+    tx: Any = aj.adamw(1e-3, weight_decay=0.1)
+    if layout == "optax.flatten":
+        tx = optax.flatten(tx)
 
     def step(params, state, x):
-        def loss(params):
-            return network(params.tree if way == "flatten" else params, x)
+        def loss_fn(params):
+            return network(params.tree if layout == "packed" else params, x)
 
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
         return aj.apply_updates(params, updates), state
 
-    began = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, x)
-    costs["trace_seconds"], began = time.perf_counter() - began, time.perf_counter()
-    compiled = lowered.compile()
-    costs["compile_seconds"] = time.perf_counter() - began
+    return step, params, tx.init(params)
 
-    def turn():
+
+def make_program(layout: Layout, layers: int, calls: int) -> Program:
+    step, params, state = make_step(layout, layers)
+    x = jnp.ones(WIDTH)
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, x)
+    trace_end = time.perf_counter()
+    compiled = lowered.compile()
+    figures = {
+        "trace_seconds": trace_end - start,
+        "compile_seconds": time.perf_counter() - trace_end,
+    }
+
+    def run():
         nonlocal params, state
         for _ in range(calls):
             params, state = compiled(params, state, x)
         jax.block_until_ready(params)
 
-    return turn
+    return Program(run, calls, figures=figures)
 
 
 # ---------------------------------------------------------------------------
-# turns and report
+# benchmark
 # ---------------------------------------------------------------------------
+
+
+def row_name(layers: int, layout: str) -> str:
+    return f"{2 * layers:,} leaves, {layout}"
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Prints a table and writes it to bench.json; returns what is there."""
+    """Prints the table and writes it; returns the content of bench.json."""
     check(config)
-    folder = record.new_folder(config, "bench-flatten")
-    rows: list[dict[str, Any]] = []
-    for layers in config.layers:
-        costs: dict[str, dict[str, float]] = {way: {} for way in config.ways}
-        makers: dict[str, Callable[[], Any]] = {
-            way: functools.partial(training, way, layers, config.calls, costs[way])
-            for way in config.ways
-        }
-        seconds, _, _ = timing.in_turns(makers, config.turns, ())
-        for way, turns in seconds.items():
-            ms = [1e3 * turn / config.calls for turn in turns]
-            middle = {"best_ms": min(ms), "median_ms": float(np.median(ms))}
-            rows.append(
-                {"leaves": 2 * layers, "way": way, **costs[way], **middle, "turns": ms}
-            )
-    environment = record.environment()
-    results = {"rows": rows}
-    page = report(config, rows, environment)
-    record.write_bench(folder, config, environment, results, page)
-    return results
-
-
-def report(config: Config, rows: list[dict[str, Any]], environment) -> str:
-    table: list[tuple[str, ...]] = [
-        (
-            "leaves",
-            "parameters in",
-            "s to trace",
-            "compile",
-            "ms a step, best",
-            "median",
-        )
-    ]
-    for row in rows:
-        numbers = [row[key] for key in list(row)[2:6]]
-        table.append((f"{row['leaves']:,}", row["way"], *(f"{x:.2g}" for x in numbers)))
-    return (
-        f"Training steps of networks whose leaves have {WIDTH} numbers, on "
-        f"{environment['devices']}. {config.turns} turns of {config.calls} steps.\n\n"
-        f"{markdown(table)}\n"
+    pairs = [(layers, layout) for layers in config.layers for layout in config.layouts]
+    return harness.run(
+        config,
+        "packing",
+        Bench(
+            f"Training steps of networks whose leaves have {WIDTH} numbers",
+            "step",
+            f"{config.calls} steps",
+            {
+                row_name(*pair): functools.partial(
+                    make_program, pair[1], pair[0], config.calls
+                )
+                for pair in pairs
+            },
+            ratios=[(row_name(*pair), row_name(pair[0], "tree")) for pair in pairs],
+            ratio_column="x tree",
+            columns={
+                "s to trace": harness.seconds("trace_seconds"),
+                "compile": harness.seconds("compile_seconds"),
+            },
+        ),
     )
-
-
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config))

@@ -1,21 +1,21 @@
 """The neural cache: a language model that looks up what it has just read.
 
-A pair of the state that predicted a word and that word is kept for the last W words.
-Of a word y at the state h the cache thinks
+The cache holds the last W words, each with the state that predicted it. It assigns the
+word y at the state h the probability
 
     p_cache(y) = sum_{i: y_i = y} e^{theta h.h_i} / sum_i e^{theta h.h_i},
 
-and the model then (1 - lambda) p_vocabulary + lambda p_cache. Nothing is trained.
+and the model predicts (1 - lambda) p_vocabulary + lambda p_cache. Nothing is trained.
 
-Only the words that came are asked for, so nothing here has the size of the vocabulary.
-States are compared a block at a time, in one matrix product. A text can be given in
-pieces, on which nothing depends but rounding:
+Only the words of the text are evaluated, so nothing here has the size of the
+vocabulary. States are compared a block at a time, in one matrix product. A text can be
+processed in pieces, whose sizes change nothing but the rounding:
 
     history, total = empty(WINDOW, width), 0.0
     for positions, states, targets, vocab_log_probs in pieces:
         cache_log_probs, history = log_probs(history, states, targets, THETA)
-        where = used(positions, WINDOW)
-        total += mixed(vocab_log_probs, cache_log_probs, where, LAMBDA).sum()
+        use = used(positions, WINDOW)
+        total += mixed(vocab_log_probs, cache_log_probs, use, LAMBDA).sum()
 
 Source: Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous
 Cache" (2017).
@@ -42,14 +42,14 @@ Convention = Literal["article", "salesforce"]
 
 
 class History(NamedTuple):
-    """The last W pairs, oldest first; what is not there yet has the target -1."""
+    """The last W pairs, oldest first. Unfilled entries have the target -1."""
 
     states: jax.Array  # (W, D)
     targets: jax.Array  # (W,), int32
 
 
 def empty(window: int, width: int, dtype: Any = jnp.float32) -> History:
-    """The history of a text that has yet to begin; `dtype` is that of the states."""
+    """The history at the start of a text; `dtype` is that of the states."""
     _check_count("window", window)
     _check_count("width", width)
     _check_dtype("dtype", dtype, jnp.floating)
@@ -59,27 +59,26 @@ def empty(window: int, width: int, dtype: Any = jnp.float32) -> History:
 def log_probs(
     history: History, states: Any, targets: Any, theta: Any, block: int = 256
 ) -> tuple[jax.Array, History]:
-    """What the cache thinks of each word of a piece of text, and the history after it.
+    """The cache's log-probability of each word of a piece of text.
 
-    A word is looked up in the W pairs before it, of this piece or of earlier ones.
-    Works under `jit`, and under `vmap` for several texts side by side. Beside its
-    arguments it takes memory for (W + block) x (block + D) numbers.
+    A word is looked up in the W pairs before it, in this piece or earlier ones. Works
+    under `jit`, and under `vmap` for several texts in parallel. Besides its arguments
+    it takes memory for (W + block) x (block + D) numbers.
 
     Args:
-        history: of the pieces before; from `empty` for the first.
-        states: (N, D), those that predict the targets, in the dtype of the history.
-            Dot products are summed in float32, or float64 for float64 states.
-        targets: (N,), integers. At the end there may be padding, -1, which is neither
-            looked up nor remembered.
-        theta: >= 0; how much the nearest states count more than the others.
-        block: states that are compared with the history at a time.
+        history: after the previous pieces; from `empty` for the first.
+        states: (N, D), which predict the targets, in the dtype of the history. Dot
+            products are summed in float32, or float64 for float64 states.
+        targets: (N,), integers. Trailing -1s are padding, neither looked up nor stored.
+        theta: >= 0; how sharply the cache prefers near states.
+        block: number of states compared with the history at a time.
 
     Returns:
-        (N,) log p_cache(target), -inf where the target is not in the history or there
-        is none, and the new history.
+        (N,) log p_cache(target), -inf where the target is not in the history; and the
+        new history.
 
     Raises:
-        ValueError: an argument is out of its range, or shapes or dtypes do not agree.
+        ValueError: an argument is out of its range, or shapes or dtypes do not match.
     """
     history = History(*map(jnp.asarray, history))
     states, targets = jnp.asarray(states), jnp.asarray(targets)
@@ -103,15 +102,15 @@ def used(
     convention: Convention = "article",
     chunk: int = 5000,
 ) -> jax.Array:
-    """Where the mixture is used, and not the vocabulary alone.
+    """Where to mix in the cache, rather than use the vocabulary alone.
 
     Args:
-        positions: integers, how many words of the text came before.
+        positions: integers, the number of preceding words in the text.
         window: W.
-        convention: "article": wherever there is a history, that is from the second
-            word on. "salesforce": where there are W pairs. Their pointer.py cuts its
-            history to W at the end of a chunk and asks for more than W pairs, so that
-            it also leaves out the first word of every later chunk.
+        convention: "article": from the second word on, wherever there is a history.
+            "salesforce": where there are W pairs. Their pointer.py cuts its history to
+            W at the end of a chunk and requires more than W pairs, so it also skips
+            the first word of every later chunk.
         chunk: words per evaluation of Salesforce's model.
     """
     positions = jnp.asarray(positions)
@@ -128,7 +127,7 @@ def used(
 def mixed(
     vocab_log_probs: Any, cache_log_probs: Any, used: Any, lambda_: Any
 ) -> jax.Array:
-    """log((1 - lambda) p_vocabulary + lambda p_cache); p_vocabulary where not used.
+    """log((1 - lambda) p_vocabulary + lambda p_cache); log p_vocabulary where not used.
 
     Args:
         vocab_log_probs: log p_vocabulary(target).
@@ -151,29 +150,29 @@ def mixed(
 
 @functools.partial(jax.jit, static_argnames=("windows", "block"))
 def _log_probs(history, states, targets, thetas, windows, block):
-    """(windows, thetas, N) of them; no window is longer than the history."""
+    """(windows, thetas, N). No window is longer than the history."""
     targets = targets.astype(jnp.int32)
-    whole = len(targets) // block
+    full_blocks = len(targets) // block
 
     def step(history, start):
         part = (lax.dynamic_slice_in_dim(x, start, block) for x in (states, targets))
         return _one_block(history, *part, thetas=thetas, windows=windows)
 
     parts = []
-    if whole:
-        history, logs = lax.scan(step, history, block * jnp.arange(whole))
+    if full_blocks:
+        history, logs = lax.scan(step, history, block * jnp.arange(full_blocks))
         parts.append(jnp.moveaxis(logs, 0, 2).reshape(*logs.shape[1:3], -1))
-    rest = slice(whole * block, None)
+    rest = slice(full_blocks * block, None)
     history, logs = _one_block(history, states[rest], targets[rest], thetas, windows)
     return jnp.concatenate([*parts, logs], -1), history
 
 
 def _one_block(history, states, targets, thetas, windows):
-    """(windows, thetas, Q). Pairs are rows: XLA is faster at sums over columns."""
+    """(windows, thetas, Q). Pairs are rows, since XLA sums faster over columns."""
     length, size = len(history.targets), len(targets)
     keys = jnp.concatenate([history.states, states])
     words = jnp.concatenate([history.targets, targets])
-    exact = {  # GPUs round float32 to TF32 unless told otherwise
+    exact = {  # by default, GPUs round float32 to TF32
         "precision": lax.Precision.HIGHEST,
         "preferred_element_type": np.promote_types(states.dtype, np.float32),
     }
@@ -184,19 +183,19 @@ def _one_block(history, states, targets, thetas, windows):
     for window in windows:
         rows = slice(length - window, length + size)
         key = jnp.arange(window + size)[:, None]
-        there = (key >= query) & (key < query + window) & (words[rows, None] >= 0)
-        logs.append(_log_share(scores[rows], there, there & same[rows], thetas))
-    # Padding is not remembered, so that the next piece finds all of its W pairs.
-    come = jnp.sum(targets >= 0)
-    kept = (lax.dynamic_slice_in_dim(x, come, length) for x in (keys, words))
+        valid = (key >= query) & (key < query + window) & (words[rows, None] >= 0)
+        logs.append(_log_share(scores[rows], valid, valid & same[rows], thetas))
+    # Padding is not stored, so that the next piece finds all of its W pairs.
+    added = jnp.sum(targets >= 0)
+    kept = (lax.dynamic_slice_in_dim(x, added, length) for x in (keys, words))
     return History(*kept), jnp.stack(logs)
 
 
-def _log_share(scores, there, hit, thetas):
-    """(thetas, Q): log of the share that the hits in a column have of e^{theta score}.
+def _log_share(scores, valid, hit, thetas):
+    """(thetas, Q): log of the hits' share in each column's sum of e^{theta score}.
 
-    Each sum is relative to its own largest term: neither can overflow, and that of the
-    hits does not vanish, however far they are below the best score.
+    Each sum is relative to its own largest term. So neither overflows, and the sum of
+    the hits does not vanish, however far they are below the best score.
     """
 
     def top(where):
@@ -207,24 +206,24 @@ def _log_share(scores, there, hit, thetas):
         terms = jnp.exp(theta * (scores - top[None, :]))
         return jnp.sum(jnp.where(where, terms, 0), 0)
 
-    best, best_hit = top(there), top(hit)
+    best, best_hit = top(valid), top(hit)
 
     def log_share(theta):
-        hits, every = total(theta, hit, best_hit), total(theta, there, best)
+        hits, every = total(theta, hit, best_hit), total(theta, valid, best)
         log = jnp.log(hits) - jnp.log(every) + theta * (best_hit - best)
-        # Any hits sum to 1 at least, or to NaN, which XLA's maximum can lose.
+        # Hits sum to at least 1, or to NaN, which XLA's maximum can lose.
         return jnp.where(hits == 0, -jnp.inf, log)
 
     return lax.map(log_share, thetas.astype(scores.dtype))
 
 
 # ---------------------------------------------------------------------------
-# its three numbers
+# tuning
 # ---------------------------------------------------------------------------
 
 
 class Tuned(NamedTuple):
-    """Perplexities of a grid, and where they are lowest."""
+    """Perplexities of a grid, and the point with the lowest."""
 
     perplexities: np.ndarray  # (windows, thetas, lambdas), float64
     window: int
@@ -243,24 +242,25 @@ def tune(
     chunk: int = 5000,
     block: int = 256,
 ) -> Tuned:
-    """The best window, theta and lambda for a text, which has to be validation text.
+    """Finds the best window, theta and lambda for a text: the validation text.
 
-    Theta depends on the length of the states: the best one of another model is no
-    guess. The states are compared once for the whole grid.
+    The best theta depends on the norm of the states, so it does not transfer between
+    models. The states are compared once for the whole grid.
 
     Args:
-        vocab_log_probs: (N,), log p_vocabulary(target), for the whole text.
-        states: (N, D), as for `log_probs`; NumPy's are sent to the device in pieces.
-        targets: (N,), the words, all of them >= 0.
-        windows: to be tried.
-        thetas: to be tried.
-        lambdas: to be tried.
+        vocab_log_probs: (N,), log p_vocabulary(target) of the whole text.
+        states: (N, D), as for `log_probs`; NumPy arrays are sent to the device in
+            pieces.
+        targets: (N,), all >= 0.
+        windows: to try.
+        thetas: to try.
+        lambdas: to try.
         convention: see `used`.
         chunk: see `used`.
         block: see `log_probs`.
 
     Raises:
-        ValueError: an argument is out of its range, or shapes do not agree.
+        ValueError: an argument is out of its range, or shapes do not match.
     """
     vocab_log_probs, targets = np.asarray(vocab_log_probs), np.asarray(targets)
     _check_text(vocab_log_probs, states, targets)
@@ -273,27 +273,27 @@ def tune(
     grid = jnp.asarray(thetas, float), jnp.asarray(lambdas, float)
     history = empty(max(windows), states.shape[1], jnp.asarray(states[:1]).dtype)
     losses = np.zeros((len(windows), len(thetas), len(lambdas)))
-    count, piece, since = len(targets), 8 * block, time.perf_counter()
+    count, piece, printed = len(targets), 8 * block, time.perf_counter()
     for start in range(0, count, piece):
         stop = min(start + piece, count)
-        padding = start + piece - stop  # of the last piece: one program for all
+        padding = start + piece - stop  # of the last piece, to use the same program
         vocab = np.pad(vocab_log_probs[start:stop], (0, padding))
         words = np.pad(targets[start:stop], (0, padding), constant_values=-1)
         keys = jnp.pad(jnp.asarray(states[start:stop]), ((0, padding), (0, 0)))
         cache, history = _log_probs(history, keys, words, grid[0], windows, block)
-        places = np.arange(start, start + piece)
-        where = jnp.stack([used(places, w, convention, chunk) for w in windows])
-        logs = np.asarray(_mixed_grid(vocab, cache, where, grid[1]))
+        positions = np.arange(start, start + piece)
+        use = jnp.stack([used(positions, w, convention, chunk) for w in windows])
+        logs = np.asarray(_mixed_grid(vocab, cache, use, grid[1]))
         losses -= logs[..., : stop - start].sum(-1, dtype=np.float64)
         now = time.perf_counter()
-        if now - since > 5 and stop < count:
-            since = now
+        if now - printed > 5 and stop < count:
+            printed = now
             print(f"  cache: {stop} of {count} words", flush=True)
 
     with np.errstate(over="ignore"):
         perplexities = np.exp(losses / count)
     if np.isnan(perplexities).any():
-        raise ValueError("states must be finite, got others")
+        raise ValueError("states must be finite, got NaN or infinity")
     i, j, k = map(int, np.unravel_index(perplexities.argmin(), perplexities.shape))
     return Tuned(perplexities, windows[i], float(thetas[j]), float(lambdas[k]))
 
@@ -317,13 +317,13 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
-def _check_number(name: str, value: Any, most: float) -> None:
-    """A traced one has no value yet."""
+def _check_number(name: str, value: Any, maximum: float) -> None:
+    """A traced number has no value to check."""
     if isinstance(value, jax.core.Tracer) and value.ndim == 0:
         return
-    if np.ndim(value) or not 0 <= float(value) <= most or math.isinf(value):
-        allowed = "finite and >= 0" if most == math.inf else f"in [0, {most:g}]"
-        raise ValueError(f"{name} must be a number, {allowed}; got {value!r}")
+    if np.ndim(value) or not 0 <= float(value) <= maximum or math.isinf(value):
+        allowed = "finite and >= 0" if maximum == math.inf else f"in [0, {maximum:g}]"
+        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
 
 
 def _check_dtype(name: str, dtype: Any, kind: Any) -> None:
@@ -358,7 +358,7 @@ def _check_text(vocab_log_probs: np.ndarray, states: Any, targets: np.ndarray) -
     lowest, highest = targets.min(), vocab_log_probs.max()
     if lowest < 0:
         raise ValueError(f"targets must be >= 0, got {lowest}")
-    if not highest < 1e-3:  # rounding puts some above 0; NaN is none
+    if not highest < 1e-3:  # rounding lifts some above 0; NaN fails, too
         raise ValueError(f"vocab_log_probs must be <= 0, got {highest}")
 
 

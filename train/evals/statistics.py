@@ -1,20 +1,39 @@
-"""What grids and curves of accuracies say, and how sure that is."""
+"""Summaries of grids and curves of accuracies, with their uncertainty."""
 
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy import stats
 
 
-def confidence(values: np.ndarray) -> dict[str, float]:
-    """Mean and 95 % confidence interval (Student's t)."""
-    n, mean = len(values), float(np.mean(values))
-    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+def confidence_interval(values: np.ndarray) -> dict[str, float]:
+    """Mean and its 95 % confidence interval (Student's t)."""
+    mean, error = np.mean(values), stats.sem(values)
+    low, high = stats.t.interval(0.95, np.size(values) - 1, loc=mean, scale=error)
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
-def tuned(lrs: np.ndarray, decays: np.ndarray, accuracy: np.ndarray) -> dict[str, Any]:
-    """What a grid says; `accuracy` is (learning rates, decays, seeds), in %."""
+def paired_difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Mean of one's final accuracy minus the other's, seed by seed, and its interval.
+
+    Args:
+        one: from `summarize_test`.
+        other: likewise, with the same seeds.
+    """
+    final = [np.array(tested["accuracy"])[:, -1] for tested in (one, other)]
+    return confidence_interval(final[0] - final[1])
+
+
+def summarize_grid(
+    lrs: np.ndarray, decays: np.ndarray, accuracy: np.ndarray
+) -> dict[str, Any]:
+    """The best cell of a grid, how wide the optimum is, and the grid itself.
+
+    Args:
+        lrs: learning rates, ascending.
+        decays: ascending.
+        accuracy: (learning rates, decays, seeds) in %.
+    """
     mean = accuracy.mean(-1)
     i, j = np.unravel_index(mean.argmax(), mean.shape)
     edges = {
@@ -28,7 +47,7 @@ def tuned(lrs: np.ndarray, decays: np.ndarray, accuracy: np.ndarray) -> dict[str
         "decay": float(decays[j]),
         "accuracy": float(mean.max()),
         "accuracy_at_lowest_decay": float(mean[:, 0].max()),
-        "edges": [side for side, here in edges.items() if here],
+        "edges": [edge for edge, is_best in edges.items() if is_best],
         "basin": int((mean >= mean.max() - 0.5).sum()),  # cells within half a point
         "cells": mean.size,
         "decay_slope": decay_slope(lrs, decays, accuracy),
@@ -40,31 +59,47 @@ def tuned(lrs: np.ndarray, decays: np.ndarray, accuracy: np.ndarray) -> dict[str
     }
 
 
-def best_decays(lrs, decays, accuracy, within: float = 1.0):
-    """The learning rates that come within a point of the best, and their best decays.
+def best_decays(
+    lrs: np.ndarray, decays: np.ndarray, accuracy: np.ndarray, within: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best decay of each learning rate that comes close to the best accuracy.
 
-    Those are read off between the cells, from a parabola through three of them. Farther
-    from the best the decay hardly matters, and which is best is noise.
+    The optimum between cells is the vertex of a parabola through three of them. Other
+    learning rates are left out: far from the best accuracy the decay hardly matters,
+    and the best one is noise.
+
+    Args:
+        lrs: learning rates, ascending.
+        decays: ascending.
+        accuracy: (learning rates, decays, seeds) in %.
+        within: points of accuracy that count as close.
+
+    Returns:
+        The learning rates that come close, and their best decays.
     """
     mean = accuracy.mean(-1)
-    good = mean.max(1) >= mean.max() - within
+    close = mean.max(1) >= mean.max() - within
     best = []
-    for row in mean[good]:
+    for row in mean[close]:
         j = row.argmax()
-        left, top, right = np.pad(row, 1, mode="edge")[j : j + 3]
-        bend = 2 * top - left - right
-        inside = 0 < j < len(row) - 1 and bend > 0
-        best.append(j + (right - left) / (2 * bend) if inside else j)
-    return lrs[good], np.exp(np.interp(best, np.arange(len(decays)), np.log(decays)))
+        below, top, above = np.pad(row, 1, mode="edge")[j : j + 3]
+        curvature = 2 * top - below - above
+        inside = 0 < j < len(row) - 1 and curvature > 0
+        best.append(j + (above - below) / (2 * curvature) if inside else j)
+    return lrs[close], np.exp(np.interp(best, np.arange(len(decays)), np.log(decays)))
 
 
 def decay_slope(
-    lrs, decays, accuracy, resamples: int = 2000
+    lrs: np.ndarray, decays: np.ndarray, accuracy: np.ndarray, resamples: int = 2000
 ) -> dict[str, float] | None:
-    """s in "the best decay goes as the learning rate to the power s".
+    """The power s in "best decay ~ learning rate ** s".
 
-    A line through the logarithms, its 95 % interval from resampled seeds. None if there
-    are too few seeds or learning rates to tell.
+    The slope of a line through the logarithms, and its 95 % interval by bootstrap over
+    the seeds.
+
+    Returns:
+        mean, low and high, or None if there are fewer than three seeds or learning
+        rates close to the best.
     """
 
     def slope(accuracy):
@@ -79,8 +114,16 @@ def decay_slope(
     return {"mean": float(slope(accuracy)), "low": float(low), "high": float(high)}
 
 
-def tested(curves: np.ndarray, epochs: np.ndarray, target: float) -> dict[str, Any]:
-    """What (seeds, points, 2) test accuracies in % and training losses say."""
+def summarize_test(
+    curves: np.ndarray, epochs: np.ndarray, target: float
+) -> dict[str, Any]:
+    """Final accuracy, epochs to the target, and the curves themselves.
+
+    Args:
+        curves: (seeds, points, 2) test accuracies in % and training losses.
+        epochs: (points,) epochs after which they were measured.
+        target: accuracy in %.
+    """
     accuracy, loss = curves[..., 0], curves[..., 1]
     above = accuracy >= target
     first = epochs[above.argmax(1)][above.any(1)]
@@ -88,15 +131,9 @@ def tested(curves: np.ndarray, epochs: np.ndarray, target: float) -> dict[str, A
         "n": len(curves),
         "mean": float(accuracy[:, -1].mean()),
         "std": float(accuracy[:, -1].std(ddof=1)),
-        "reached": len(first),  # runs that came to the target at all
+        "reached": len(first),  # seeds that reached the target
         "epochs_to_target": float(first.mean()) if len(first) else None,
         "epochs": epochs.tolist(),
         "accuracy": np.round(accuracy, 2).tolist(),
         "training_loss": np.round(loss, 4).tolist(),
     }
-
-
-def paired(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """How much better the first ended than the second, with the same seeds."""
-    last = [np.array(tested["accuracy"])[:, -1] for tested in (one, other)]
-    return confidence(last[0] - last[1])

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything about Stanford Cars that is measured, for the table in the README.
+# Measures everything about Stanford Cars.
 #
 #     train/measure/cars.sh docs/results/cars/gpu CARS_DIR CIFAR10_DIR [WEIGHTS]
 #     NETWORK="--architecture resnet18 --width 16" SIZE=64 EPOCHS=12 SEEDS=2 STEPS=8 \
 #         train/measure/cars.sh docs/results/cars/cpu CARS_DIR CIFAR10_DIR    # on a CPU
 #
-# From scratch, and with a body that is trained on CIFAR-10 before; with WEIGHTS, a file
-# of ImageNet's, the article's own run as well. Stop it whenever you like, or let
-# `timeout 570` do so: the same command goes on where it was. A part that is finished is
-# not repeated. Logs are beside the results. PYTHON=... chooses the interpreter.
+# From scratch, and with a body pretrained on CIFAR-10; with WEIGHTS, a file of ImageNet
+# weights, the article's own run as well. It can be stopped at any time, for example by
+# `timeout 570`: the same command resumes. A finished part is not repeated. Logs are
+# beside the results. PYTHON=... chooses the interpreter.
 set -uo pipefail
 mkdir -p "${1:?the folder for the results}"
 out=$(realpath "$1")
@@ -20,7 +20,7 @@ cd "$(dirname "$0")/../.."
 read -ra network <<<"${NETWORK:-}"
 size=${SIZE:-128} epochs=${EPOCHS:-40} frozen=${FROZEN:-5} seeds=${SEEDS:-3}
 
-named() { # named NAME MODULE [OPTIONS]
+named() { # named NAME COMMAND [OPTIONS]
   part "$@" --out "$out" --name "$1"
 }
 
@@ -33,15 +33,15 @@ for recipe in adam-l2 adamw; do
     --size "$size" --recipe "$recipe"
 done
 
-# CIFAR-10 as a folder for each class, twice as large: the network divides by 32.
+# CIFAR-10 as a folder per class; it is read at 64 pixels, since the network divides by 32.
 if [ ! -e "$out/cifar10-images/done" ]; then
   "$python" - "$cifar" "$out/cifar10-images" <<'EOF' || exit 1
 import sys
 from pathlib import Path
 from PIL import Image
-from train import data
+from train.data.cifar10 import read_cifar10
 
-for split, images in zip(("train", "test"), data.read_cifar10(sys.argv[1])):
+for split, images in zip(("train", "test"), read_cifar10(sys.argv[1])):
     for label in range(10):
         (Path(sys.argv[2]) / split / str(label)).mkdir(parents=True, exist_ok=True)
     for i, (x, label) in enumerate(zip(*images)):
@@ -59,11 +59,11 @@ for recipe in adam-l2 adamw; do
     --epochs $((epochs - frozen)) --seeds "$seeds"
 done
 
-# Does the device wait for its images? A benchmark that was interrupted begins again.
-named bench bench_images ${network[@]+"${network[@]}"} --data-dir "$cars" \
+# Does the device wait for its images? An interrupted benchmark starts again.
+named bench bench images ${network[@]+"${network[@]}"} --data-dir "$cars" \
   --size "$size" --steps "${STEPS:-100}" --overwrite
 if [ -n "$weights" ]; then
-  named bench-224 bench_images --steps "${STEPS:-100}" --overwrite
+  named bench-224 bench images --steps "${STEPS:-100}" --overwrite
   for recipe in adam-l2 adamw; do
     named "$recipe" cars --data-dir "$cars" --weights "$weights" --recipe "$recipe" \
       --seeds "$seeds"

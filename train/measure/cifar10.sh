@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything about CIFAR-10 that is measured on a GPU, for the table in the README.
+# Measures everything about CIFAR-10 on a GPU.
 #
 #     train/measure/cifar10.sh DATA_DIR docs/results/cifar10/gpu
 #
-# Stop it whenever you like, or let `timeout 570` do so: the same command goes on where
-# it was, since every part of it does. A part that is finished is not repeated. Logs are
-# beside the results. PYTHON=... chooses the interpreter, SEEDS=1 a quicker look.
+# It can be stopped at any time, for example by `timeout 570`: the same command resumes.
+# A finished part is not repeated. Logs are beside the results. PYTHON=... chooses the
+# interpreter; SEEDS=1 is quicker.
 set -uo pipefail
 data=$(realpath "${1:?the folder with CIFAR-10}")
 mkdir -p "${2:?the folder for the results}"
@@ -13,11 +13,11 @@ out=$(realpath "$2")
 cd "$(dirname "$0")/../.."
 . train/measure/part.sh
 
-named() { # named NAME MODULE [OPTIONS]
+named() { # named NAME COMMAND [OPTIONS]
   part "$@" --out "$out" --name "$1"
 }
 
-# The most wanted first. A benchmark that was interrupted begins again.
+# The most important first. An interrupted benchmark starts again.
 named fast cifar10_fast --data-dir "$data" --seeds "${SEEDS:-10}"
 named bench-wrn22 bench cifar10 --overwrite
 named adamw-18-tta cifar10 --data-dir "$data" --recipe adamw-18-tta --seeds "${SEEDS:-5}"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything about language models that is measured, for the tables in the README.
+# Measures everything about language models.
 #
 #     train/measure/language_model.sh docs/results/language_model/cpu             # a CPU
 #     train/measure/language_model.sh docs/results/wikitext2/gpu DATA_DIR         # a GPU
 #
-# Without DATA_DIR: the text that comes with Python, small networks, three seeds. With
-# it: WikiText-2 by the article's recipes, 90 epochs. Stop it whenever you like, or let
-# `timeout 570` do so: the same command goes on where it was. Logs are beside the
-# results. PYTHON=... chooses the interpreter, SEEDS=1 a quicker look.
+# Without DATA_DIR: Python's documentation, small networks, three seeds. With it:
+# WikiText-2 by the article's recipes, 90 epochs. It can be stopped at any time, for
+# example by `timeout 570`: the same command resumes. Logs are beside the results.
+# PYTHON=... chooses the interpreter; SEEDS=1 is quicker.
 set -uo pipefail
 mkdir -p "${1:?the folder for the results}"
 out=$(realpath "$1")
@@ -27,7 +27,7 @@ cache() { # cache MODEL RECIPE
   part "cache-$1-$2" tune_cache "$out/$1-$2" ${options[@]+"${options[@]}"}
 }
 
-# The most wanted first.
+# The most important first.
 if [ $# -gt 1 ]; then
   for model in lstm qrnn; do
     run $model adam-l2 "${SEEDS:-1}"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything about the cost of an update that is measured, for the tables in the README.
+# Measures everything about the cost of an update.
 #
 #     train/measure/update.sh docs/results/update/gpu
 #     TRANSFORMER=0.15 train/measure/update.sh docs/results/update/cpu    # in 24 GB of memory
 #
-# Let nothing else run meanwhile. Stop it whenever you like, or let `timeout 570` do so:
-# the same command goes on, a part that is finished is not repeated. Logs are beside the
+# Run nothing else meanwhile. It can be stopped at any time, for example by `timeout 570`:
+# the same command resumes, and a finished part is not repeated. Logs are beside the
 # results. PYTHON=... chooses the interpreter.
 set -uo pipefail
 mkdir -p "${1:?the folder for the results}"
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/../.."
 . train/measure/part.sh
 
 update() { # update NAME [OPTIONS]
-  part "$1" bench_update --out "$out" --name "$1" --overwrite "${@:2}"
+  part "$1" bench update --out "$out" --name "$1" --overwrite "${@:2}"
 }
 
 for step in adamw full; do
@@ -30,6 +30,6 @@ for dtype in float32 bfloat16; do
 done
 update tiny --leaves tiny
 update tiny-bfloat16 --leaves tiny --dtype bfloat16
-part flatten bench_flatten --out "$out" --name flatten --overwrite
-part accumulate bench_accumulate --out "$out" --name accumulate --overwrite
+part packing bench packing --out "$out" --name packing --overwrite
+part accumulation bench accumulation --out "$out" --name accumulation --overwrite
 exit $failed

@@ -1,13 +1,13 @@
 """AWD-LSTM and AWD-QRNN, the article's language models, and their loss.
 
-An embedding, recurrent layers, and the embedding again as decoder, with a bias. Tokens
-are (time, batch). What dropout does is drawn beforehand, `draw_masks`, so that a step
-is a function of its arguments.
+An embedding, recurrent layers, and a decoder with a bias that shares the embedding's
+weights. Tokens are (time, batch). Dropout masks are drawn beforehand, by `draw_masks`,
+so that a step is a pure function of its arguments.
 
 Sources: Merity, Keskar and Socher, "Regularizing and optimizing LSTM language models",
 2017, https://arxiv.org/abs/1708.02182; Bradbury, Merity, Xiong and Socher,
 "Quasi-recurrent neural networks", 2016, https://arxiv.org/abs/1611.01576; fastai 0.7,
-`lm_rnn.py`, for the places of the dropouts.
+`lm_rnn.py`, for where dropout is applied.
 """
 
 import functools
@@ -26,17 +26,17 @@ from train.models.recurrent import cudnn_lstm, forget_mult, lstm
 
 
 class Rates(NamedTuple):
-    """Probabilities of dropping; 0: never."""
+    """Dropout probabilities."""
 
-    words: float = 0.1  # whole words, in the input alone
+    words: float = 0.1  # whole words, in the input only
     input: float = 0.6  # of the embedded words
     hidden: float = 0.2  # between layers
     output: float = 0.4  # after the last layer
-    weights: float = 0.5  # of the recurrent kernels; QRNN: of all of a layer's
+    weights: float = 0.5  # of the recurrent kernels; QRNN: of all layer kernels
 
 
 class Masks(NamedTuple):
-    """Factors, 0 or 1 / (1 - rate); the same at every time of a batch."""
+    """Factors, 0 or 1 / (1 - rate), shared by all time steps of a batch."""
 
     words: jax.Array  # (words, 1)
     input: jax.Array  # (batch, width)
@@ -46,7 +46,7 @@ class Masks(NamedTuple):
 
 
 def draw_masks(key, net: "AWD", rates: Rates, batch_size: int) -> Masks:
-    """For one batch; `net` may have shapes in the place of arrays."""
+    """Draws the masks of one batch; `net` may have shapes in place of arrays."""
     layers = list(net.layers)
     dtype = net.embedding.dtype
     keys = iter(jax.random.split(key, 3 + 2 * len(layers)))
@@ -71,9 +71,9 @@ def draw_masks(key, net: "AWD", rates: Rates, batch_size: int) -> Masks:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x, kernel, dtype):
-    """x @ kernel in `dtype`, gradients too, with sums in that of x.
+    """x @ kernel with factors in `dtype`, also in the gradients, and sums in x.dtype.
 
-    None: that of the kernel. (Plain autodiff multiplies the float32 gradient as it is.)
+    None: the kernel's dtype. Plain autodiff would multiply the gradient in float32.
     """
     dtype = dtype or kernel.dtype
     return jnp.dot(
@@ -106,7 +106,7 @@ def uniform(rngs: nnx.Rngs, bound: float, *shape: int) -> nnx.Param:
 
 
 class LSTM(nnx.Module):
-    """As PyTorch's: gates i, f, g, o; two biases; weights within ±1 / sqrt(width)."""
+    """As in PyTorch: gates i, f, g, o, two biases, weights within ±1 / sqrt(width)."""
 
     def __init__(
         self, inputs: int, width: int, *, cudnn=False, dtype=None, rngs: nnx.Rngs
@@ -114,7 +114,9 @@ class LSTM(nnx.Module):
         bound = width**-0.5
         self.width, self.cudnn, self.dtype = width, cudnn, dtype
         self.input_kernel = uniform(rngs, bound, inputs, 4 * width)
-        self.kernel = uniform(rngs, bound, width, 4 * width)  # the dropped one
+        self.kernel = uniform(
+            rngs, bound, width, 4 * width
+        )  # subject to weight dropout
         self.input_bias = uniform(rngs, bound, 4 * width)
         self.bias = uniform(rngs, bound, 4 * width)
 
@@ -133,7 +135,7 @@ class LSTM(nnx.Module):
 
 
 class QRNN(nnx.Module):
-    """Gates from this and, with window 2, the last input; then a pooling over time."""
+    """Gates from the input and, with window 2, the previous one; pooling over time."""
 
     def __init__(
         self, inputs: int, width: int, *, window: int, dtype=None, rngs: nnx.Rngs
@@ -166,22 +168,22 @@ class QRNN(nnx.Module):
 class Outputs(NamedTuple):
     raw: jax.Array  # (time, batch, width) of the last layer
     dropped: jax.Array  # for the decoder
-    state: Any  # to go on with, after `length` tokens
+    state: Any  # after `length` tokens
 
 
 class AWD(nnx.Module):
     """A language model of LSTM or QRNN layers.
 
     Args:
-        words: in the vocabulary.
-        embedding: width of the embedding and, the decoder being the same matrix, of
-            the last layer. The article's: 400.
-        width: of the other layers. The article's: 1150, QRNN 1550.
-        layers: of them all. The article's: 3, QRNN 4.
-        kind: of the layers. The first QRNN layer also sees the word before.
-        cudnn: LSTM layers by cuDNN, which has no other dtype than float32.
+        words: size of the vocabulary.
+        embedding: width of the embedding and of the last layer, since the decoder is
+            the same matrix. In the article: 400.
+        width: of the other layers. In the article: 1150, QRNN 1550.
+        layers: in total. In the article: 3, QRNN 4.
+        kind: of the layers. The first QRNN layer also sees the previous word.
+        cudnn: run LSTM layers with cuDNN, in float32 only.
         dtype: of matrix products; None: that of the parameters, float32. States, gates
-            and sums are in that of the parameters.
+            and sums have the dtype of the parameters.
         rngs: with a key for "params".
     """
 
@@ -200,10 +202,10 @@ class AWD(nnx.Module):
         widths = [embedding, *[width] * (layers - 1), embedding]
 
         def layer(i: int):
-            more: Any = {"dtype": dtype, "rngs": rngs}
+            options: Any = {"dtype": dtype, "rngs": rngs}
             if kind == "lstm":
-                return LSTM(*widths[i : i + 2], cudnn=cudnn, **more)
-            return QRNN(*widths[i : i + 2], window=2 if i == 0 else 1, **more)
+                return LSTM(*widths[i : i + 2], cudnn=cudnn, **options)
+            return QRNN(*widths[i : i + 2], window=2 if i == 0 else 1, **options)
 
         self.dtype = dtype
         self.embedding = uniform(rngs, 0.1, words, embedding)
@@ -216,7 +218,7 @@ class AWD(nnx.Module):
     def __call__(
         self, tokens, state, masks: Masks | None = None, length=None
     ) -> Outputs:
-        """Without masks as in evaluation. `length`: tokens beyond are padding."""
+        """Without masks, evaluates. Tokens from `length` on are padding."""
         last = (tokens.shape[0] if length is None else length) - 1
         x = self.embedding[...][tokens]
         if masks is not None:
@@ -244,17 +246,17 @@ class AWD(nnx.Module):
 def cross_entropy(x, embedding, bias, targets, weights, chunk, dtype=None):
     """Sum of weights times -log softmax(x @ embedding.T + bias)[target].
 
-    The logits of `chunk` entries of the first axis at a time, and their gradients right
-    then: the others are never in memory, and nothing is computed twice.
+    Computes the logits of `chunk` entries of the first axis at a time, with their
+    gradients: all logits are never in memory at once, and none is computed twice.
 
     Args:
         x: (..., width), such as (time, batch, width).
         embedding: (words, width).
         bias: (words,).
         targets: (...) int32.
-        weights: (...); no gradient comes back for them.
-        chunk: entries of the first axis.
-        dtype: of the matrix products; None: that of the embedding.
+        weights: (...), without a gradient.
+        chunk: number of entries of the first axis.
+        dtype: of matrix products; None: that of the embedding.
     """
     return _cross_entropy_forward(x, embedding, bias, targets, weights, chunk, dtype)[0]
 
@@ -274,8 +276,8 @@ def _cross_entropy_forward(x, embedding, bias, targets, weights, chunk, dtype):
         logits = product(x, embedding.T, dtype) + bias
         logits -= logits.max(-1, keepdims=True)
         total = jnp.exp(logits).sum(-1, keepdims=True)
-        right = jnp.take_along_axis(logits, targets, -1)
-        loss += (weights * (jnp.log(total) - right)).sum()
+        correct = jnp.take_along_axis(logits, targets, -1)
+        loss += (weights * (jnp.log(total) - correct)).sum()
         d_logits = weights * (jnp.exp(logits) / total - (words == targets))
         rounded = d_logits.astype(dtype or embedding.dtype)
         d_embedding += jnp.tensordot(
@@ -309,16 +311,16 @@ def activation_penalties(x, length, alpha: float, beta: float, ar=None):
 
     Args:
         x: (time, batch, width) of the last layer.
-        length: times beyond are padding.
+        length: steps from there on are padding.
         alpha: factor of AR.
         beta: factor of TAR.
-        ar: what AR is of; None: of x, as in the article's code.
+        ar: used for AR; None: x, as in the article's code.
     """
     ar = x if ar is None else ar
     times, (_, batch, width) = jnp.arange(len(x))[:, None, None], x.shape
     size = jnp.asarray(length * batch * width, x.dtype)
     squares = jnp.where(times < length, ar**2, 0).sum() / size
     steps = jnp.where(times[1:] < length, (x[1:] - x[:-1]) ** 2, 0).sum()
-    # nothing to compare where there is one token
+    # a single token has no change
     steps /= jnp.maximum(size - batch * width, 1)
     return alpha * squares + beta * steps

@@ -1,4 +1,4 @@
-"""A convolution and two poolings whose gradients are fast and right on a CPU."""
+"""A convolution and two poolings whose gradients are fast and correct on CPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ def conv(x, kernel, strides, padding, **unused):
     """`lax.conv_general_dilated` for NHWC images, with hand-written gradients.
 
     XLA's CPU backend has a fast path for NHWC/HWIO convolutions only, and brings others
-    into that form only outside of loops. JAX's own kernel gradient is in another form,
-    so that inside `lax.scan` it becomes a naive loop: 10 to 76 times slower
+    into that form only outside of loops. JAX's own kernel gradient has another form and
+    becomes a naive loop inside `lax.scan`, 10 to 76 times slower
     (https://github.com/jax-ml/jax/issues/12868). Here both gradients are NHWC/HWIO. On
-    other devices this is JAX's own convolution, whose gradients their libraries know.
+    other devices this is JAX's own convolution with its own gradients.
 
     Takes the arguments with which `nnx.Conv(conv_general_dilated=conv)` calls it, but
-    knows neither dilation nor groups.
+    implements neither dilation nor groups.
     """
     if unused.pop("feature_group_count", 1) != 1:
         raise ValueError("feature_group_count must be 1: grouped is not implemented")
@@ -52,7 +52,7 @@ def _conv_backward(strides, padding, saved, g):
         (x.shape[1 + a], kernel.shape[a], strides[a], padding[a][0], g.shape[1 + a])
         for a in (0, 1)
     ]
-    # dx: the output's gradient, spread by the stride, with the kernel turned round
+    # dx: the output's gradient, dilated by the stride, with the flipped kernel
     dx = lax.conv_general_dilated(
         g,
         kernel[::-1, ::-1].transpose(0, 1, 3, 2),
@@ -61,8 +61,8 @@ def _conv_backward(strides, padding, saved, g):
         lhs_dilation=strides,
         dimension_numbers=DIMENSIONS,
     )
-    # dkernel: images convolved with the output's gradient; channels are its batch, the
-    # batch its channels
+    # dkernel: the images convolved with the output's gradient, where channels are the
+    # batch and the batch is the channels
     dkernel = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
         g.transpose(1, 2, 0, 3),
@@ -78,19 +78,19 @@ _conv_on_cpu.defvjp(_conv_forward, _conv_backward)
 
 
 def max_pool(x):
-    """2 x 2 maximum, by reshape: the gradient of `nnx.max_pool` is slow on a CPU."""
+    """2 x 2 maximum, by reshape, since `nnx.max_pool` has a gradient slow on CPUs."""
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
 def global_max(maps):
-    """Over the image; the gradient goes to the first of the largest, as in PyTorch.
+    """Maximum over the image; the gradient goes to its first occurrence, as in PyTorch.
 
-    The gradient of `jnp.max` can be wrong: it goes to what is *equal* to the result,
-    which is nothing where XLA computes the maps once more and rounds otherwise.
+    The gradient of `jnp.max` can be wrong. It goes to the elements *equal* to the
+    result, and there are none where XLA recomputes the maps and rounds differently.
     """
     n, h, w, c = maps.shape
     maps = maps.reshape(n, h * w, c)
     first = jnp.argmax(maps, axis=1, keepdims=True)
-    places = jnp.arange(h * w)[:, None]
-    return jnp.where(places == first, maps, 0).sum(1)
+    pixels = jnp.arange(h * w)[:, None]
+    return jnp.where(pixels == first, maps, 0).sum(1)

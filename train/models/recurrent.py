@@ -1,7 +1,7 @@
-"""Recurrences over time, with gradients of their own: LSTM and the QRNN's pooling.
+"""Recurrences over time with custom gradients: the LSTM and the QRNN's pooling.
 
-Time comes first: (time, batch, width). What does not depend on the state before is
-computed by the caller for all steps at once.
+Arrays are (time, batch, width). Whatever does not depend on the previous state is
+computed by the caller, for all steps at once.
 """
 
 from functools import partial
@@ -18,21 +18,21 @@ from jax.experimental import rnn
 
 @jax.custom_vjp
 def lstm(inputs, kernel, h, c):
-    """All states of an LSTM.
+    """Computes all states of an LSTM.
 
         i, f, g, o = inputs[t] + h[t - 1] @ kernel
         c[t] = sigmoid(f) * c[t - 1] + sigmoid(i) * tanh(g)
         h[t] = sigmoid(o) * tanh(c[t])
 
-    The order of the gates is that of PyTorch and cuDNN. The gradient of the kernel is
-    one product over all steps instead of a sum that is read and written in each.
+    Gates are in the order of PyTorch and cuDNN. The gradient of the kernel is a single
+    product over all steps, rather than a sum that each step reads and writes.
 
     Args:
-        inputs: (time, batch, 4 * width), the inputs times their kernel, with the bias.
-        kernel: (width, 4 * width). The product is in its dtype, all else in that of
-            the inputs.
-        h: (batch, width), the state to start from.
-        c: (batch, width), likewise.
+        inputs: (time, batch, 4 * width), the inputs times their kernel, plus bias.
+        kernel: (width, 4 * width). The product has its dtype, all else that of the
+            inputs.
+        h: (batch, width), the initial state.
+        c: (batch, width), the initial cell state.
 
     Returns:
         h and c of every step, (time, batch, width) each.
@@ -67,13 +67,13 @@ def _lstm_backward(residuals, cotangents):
         jnp.concatenate([first[None], states[:-1]])
         for first, states in ((h, hs), (c, cs))
     )
-    # Transposed once: the product with the kernel as it lies is slower on a CPU.
+    # Transposed once: on a CPU, a product with the untransposed kernel is slower.
     transposed = lax.optimization_barrier(kernel.T)
 
     def step(carry, now):
         dh, dc = carry
-        dh_here, dc_here, gates, c, c_before = now
-        dh, dc = dh + dh_here, dc + dc_here
+        dh_output, dc_output, gates, c, c_before = now
+        dh, dc = dh + dh_output, dc + dc_output
         i, f, g, o = jnp.split(gates, 4, axis=-1)
         tanh_c = jnp.tanh(c)
         dc = dc + dh * o * (1 - tanh_c**2)
@@ -112,19 +112,19 @@ lstm.defvjp(_lstm_forward, _lstm_backward)
 
 
 def cudnn_lstm(x, input_kernel, kernel, bias, h, c, length):
-    """The same by cuDNN, from the inputs themselves; for NVIDIA's GPUs, float32 only.
+    """The same with cuDNN, from the raw inputs; for NVIDIA GPUs, float32 only.
 
     Args:
         x: (time, batch, inputs).
         input_kernel: (inputs, 4 * width).
         kernel: (width, 4 * width).
         bias: (4 * width,).
-        h: (batch, width), the state to start from.
-        c: (batch, width), likewise.
-        length: times beyond are padding, where the output is 0.
+        h: (batch, width), the initial state.
+        c: (batch, width), the initial cell state.
+        length: steps from there on are padding, with an output of 0.
 
     Returns:
-        h of every step, (time, batch, width), and the state (h, c) after the last.
+        h of every step, (time, batch, width), and the final state (h, c).
     """
     (inputs, width), batch = (x.shape[-1], h.shape[-1]), x.shape[1]
     weights = [input_kernel.T.ravel(), kernel.T.ravel(), bias, jnp.zeros_like(bias)]
@@ -152,14 +152,14 @@ def cudnn_lstm(x, input_kernel, kernel, bias, h, c, length):
 def forget_mult(z, f, c, recurrence="auto"):
     """The pooling of a QRNN, c[t] = f[t] * z[t] + (1 - f[t]) * c[t - 1], for all t.
 
-    Mind that f lets the new value in; in an LSTM it keeps the old one.
+    Note that f lets the new value in, whereas in an LSTM it keeps the old one.
 
     Args:
         z: (time, batch, width).
-        f: likewise, in (0, 1).
-        c: (batch, width), the state to start from.
+        f: (time, batch, width), in (0, 1).
+        c: (batch, width), the initial state.
         recurrence: "sequential", "parallel" (log2(time) rounds over all steps at once)
-            or "auto": sequential on a CPU, where that is faster, else parallel.
+            or "auto": sequential on a CPU, where it is faster, otherwise parallel.
     """
     return _linear(1 - f, f * z, c, recurrence, False)
 
@@ -172,7 +172,7 @@ def _forget_mult_forward(z, f, c, recurrence):
 def _forget_mult_backward(recurrence, residuals, d_cs):
     z, f, c, cs = residuals
     earlier = jnp.concatenate([c[None], cs[:-1]])
-    # What reaches c[t] comes from its own step and, through 1 - f, from the next one.
+    # The gradient of c[t] comes from its own step and, through 1 - f, from the next.
     keep = jnp.concatenate([1 - f[1:], jnp.zeros_like(f[:1])])
     d_cs = _linear(keep, d_cs, jnp.zeros_like(c), recurrence, True)
     return d_cs * f, d_cs * (z - earlier), d_cs[0] * (1 - f[0])
@@ -182,7 +182,7 @@ forget_mult.defvjp(_forget_mult_forward, _forget_mult_backward)
 
 
 def _linear(keep, add, c, recurrence, reverse):
-    """c[t] = keep[t] * c[t - 1] + add[t] for all t; in reverse, of c[t + 1]."""
+    """c[t] = keep[t] * c[t - 1] + add[t] for all t; in reverse, from c[t + 1]."""
 
     def sequential(keep, add, c):
         def step(c, now):

@@ -1,4 +1,4 @@
-"""The two small networks of `train.compare`, in Flax NNX."""
+"""The small networks of `train.compare` and `train.low_memory`, in Flax NNX."""
 
 import itertools
 
@@ -9,21 +9,21 @@ from train.models.conv import conv, max_pool
 
 
 class MLP(nnx.Module):
-    """pixels -> hidden -> classes."""
+    """One hidden layer: pixels -> width -> classes."""
 
     def __init__(self, width: int, pixels=64, classes=10, *, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(pixels, width, rngs=rngs)
         self.head = nnx.Linear(width, classes, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x):  # (batch, pixels)
         return self.head(nnx.relu(self.hidden(x)))
 
 
 class CNN(nnx.Module):
-    """Three blocks of conv, pool, batch norm and ReLU, then the mean over the image.
+    """Three blocks of convolution, max pool, batch norm, ReLU; then average pooling.
 
-    The first convolution has stride 2 and no pool: most of a CPU's time would go into
-    activations of the full size.
+    The first convolution has stride 2 in place of the pool, because a CPU would spend
+    most of its time on activations of full resolution.
     """
 
     def __init__(self, width: int, classes=10, *, rngs: nnx.Rngs):
@@ -43,7 +43,7 @@ class CNN(nnx.Module):
         )
         self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x):  # (batch, height, width, 3)
         for i, (conv3, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv3(x)
             x = max_pool(x) if i else x

@@ -1,4 +1,4 @@
-"""The article's wide residual network for 32 x 32 images, and smaller ones."""
+"""The article's wide residual network for images of 32 x 32, and smaller ones."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from flax import nnx
 
 from train.models.conv import conv
 
-STEM = 16  # channels in front of the first stage
+STEM = 16  # channels before the first stage
 
 
 def _uniform(fan_in):
@@ -25,7 +25,7 @@ def _conv(n_in, n_out, size, stride, dtype, rngs):
         n_out,
         (size, size),
         stride,
-        padding=size // 2,  # not "SAME", which pads a stride of 2 on the other side
+        padding=size // 2,  # not "SAME", which pads the other side at a stride of 2
         use_bias=False,
         dtype=dtype,
         kernel_init=_uniform(size * size * n_in),
@@ -50,8 +50,8 @@ def _norm(channels, dtype, axis_name, rngs, *, random_scale):
 class Block(nnx.Module):
     """Pre-activated, with the branch scaled by 0.2.
 
-    The shortcut takes the activated tensor, not the input: where the number of channels
-    stays it is the identity **of relu(norm(x))**.
+    The shortcut starts from the activated tensor, not from the input: without a change
+    of channels it is `relu(norm(x))`.
     """
 
     def __init__(self, n_in, n_out, stride, dtype, axis_name, rngs):
@@ -73,8 +73,8 @@ class Block(nnx.Module):
 class WideResNet(nnx.Module):
     """Three stages of `blocks` blocks, at strides 1, 2, 2 and width, 2 and 4 x width.
 
-    The default is the article's WRN-22: 9,658,458 parameters, 2.8 GFLOP an image
-    forwards. Takes NHWC images, returns float32 logits.
+    The default is the article's WRN-22: 9,658,458 parameters, 2.8 GFLOP per image in
+    the forward pass. Takes NHWC images, returns float32 logits.
 
     Source: fastai 0.7, `models/cifar10/wideresnet.py`.
     """
@@ -86,7 +86,7 @@ class WideResNet(nnx.Module):
         classes: int = 10,
         *,
         dtype: Any = jnp.float32,  # of the activations; parameters are float32
-        axis_name: str | None = None,  # mesh axis over which a batch is split
+        axis_name: str | None = None,  # mesh axis that batches are split over
         rngs: nnx.Rngs,
     ):
         self.stem = _conv(3, STEM, 3, 1, dtype, rngs)

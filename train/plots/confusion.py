@@ -178,7 +178,7 @@ def plot_confusion(
         shown = _most_confused_classes(counts)
     shares = 100 * counts / np.maximum(sizes, 1)[:, None]
     shares = shares[np.ix_(shown, shown)]
-    names = [_abridge(classes[i], 30) for i in shown]
+    names = [_abridge(classes[int(i)], 30) for i in shown]
 
     side = 3 + 0.4 * len(shown)
     figure = Figure(figsize=(side + 5, side), layout="constrained", dpi=120)

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adamw_jax import (
     Phases,
     apply_updates,
-    freeze,
+    freeze_leaves,
     labels_by_path,
     mask_by_path,
     one_cycle,
@@ -218,7 +218,9 @@ def make_stages(config: Any, steps: int) -> list[Stage]:
         if config.optimizer not in OURS:
             schedule = learning_rate_only(schedule, steps)
         tx = make_optimizer(config, schedule)
-        tx = freeze(tx, mask_by_path(BODY)) if frozen else optax.chain(tx, groups)
+        tx = (
+            freeze_leaves(tx, mask_by_path(BODY)) if frozen else optax.chain(tx, groups)
+        )
         last = first + epochs * steps
         stages.append(Stage(name, frozen, schedule, tx, first, last))
         first = last

@@ -1,7 +1,7 @@
-"""`train.awd` in PyTorch: equal to it in float64, and timed beside it.
+"""The PyTorch twin of `train.models.awd`: equal in float64, and timed beside it.
 
-Tokens are (time, batch), parameters in PyTorch's layout: kernels are transposed. Masks
-are those of `train.awd`, as tensors: see `as_masks` and `draw_masks`.
+Tokens are (time, batch). Parameters have PyTorch's layout: kernels are transposed.
+Masks are those of `train.models.awd` as tensors: see `as_masks` and `draw_masks`.
 """
 
 from typing import Any, Literal
@@ -38,7 +38,7 @@ class LSTM(torch.nn.Module):
         args = x, (h[None], c[None])
         if weights is None:
             hs, (h, c) = self.rnn(*args)
-        else:  # cuDNN has a fresh kernel to copy to the others, and warns of it
+        else:  # cuDNN copies the new kernel into its flat buffer, and warns
             kernel = {"weight_hh_l0": self.dropped * weights}
             hs, (h, c) = torch.func.functional_call(self.rnn, kernel, args)
         return hs, (h[0], c[0])
@@ -66,7 +66,7 @@ class QRNN(torch.nn.Module):
         kernel = self.dropped if weights is None else self.dropped * weights
         z, f, o = F.linear(x, kernel, self.linear.bias).to(c.dtype).chunk(3, -1)
         cs = []
-        # Ten times as fast on a CPU as with f[t], whose gradient is of the size of f.
+        # On a CPU ten times faster than f[t], whose gradient has the size of f.
         for z_now, f_now in zip(z.tanh().unbind(), f.sigmoid().unbind(), strict=True):
             c = torch.lerp(c, z_now, f_now)  # (1 - f) * c + f * z
             cs.append(c)
@@ -79,7 +79,7 @@ class QRNN(torch.nn.Module):
 
 
 class AWD(torch.nn.Module):
-    """Called as that of `train.awd`; returns its `Outputs` as a tuple."""
+    """Takes the arguments of `train.models.awd.AWD`; returns a plain tuple."""
 
     def __init__(
         self,
@@ -141,8 +141,8 @@ def draw_masks(net: AWD, rates: Rates, batch_size: int) -> Masks:
 # ---------------------------------------------------------------------------
 
 
-def loss_of(net: AWD, tokens, targets, state, masks, alpha: float, beta: float):
-    """Cross-entropy, AR of the output before dropout, and TAR; and the new state."""
+def loss_fn(net: AWD, tokens, targets, state, masks, alpha: float, beta: float):
+    """Cross-entropy plus AR, of the output before dropout, plus TAR; and the state."""
     raw, dropped, state = net(tokens, state, masks)
     loss = F.cross_entropy(net.logits(dropped).flatten(0, 1), targets.flatten())
     loss = loss + alpha * raw.square().mean()
@@ -164,14 +164,14 @@ def train_step(
     clip: float,
     masks=None,
 ):
-    """One update in place; masks are drawn if none are given.
+    """One update, in place. None: draws new masks.
 
     Returns:
-        The loss, and the state to go on with.
+        The loss, and the next state.
     """
     if masks is None:
         masks = draw_masks(net, rates, tokens.shape[1])
-    loss, state = loss_of(net, tokens, targets, state, masks, alpha, beta)
+    loss, state = loss_fn(net, tokens, targets, state, masks, alpha, beta)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
@@ -180,7 +180,7 @@ def train_step(
 
 
 # ---------------------------------------------------------------------------
-# from and to the layout of train.awd
+# conversion from and to train.models.awd
 # ---------------------------------------------------------------------------
 
 NAMES = {"weight_ih_l0": "input_kernel", "weight_hh_l0": "kernel", "weight": "kernel"}
@@ -188,7 +188,7 @@ NAMES |= {"bias_ih_l0": "input_bias", "bias_hh_l0": "bias"}
 
 
 def parameters(net: AWD) -> dict[tuple, torch.nn.Parameter]:
-    """By their paths in `train.awd.AWD`."""
+    """The parameters, by their paths in `train.models.awd.AWD`."""
     named = {}
     for name, parameter in net.named_parameters():
         *path, last = name.split(".")
@@ -197,35 +197,37 @@ def parameters(net: AWD) -> dict[tuple, torch.nn.Parameter]:
     return named
 
 
-def transposed(path, array):
+def transpose_kernel(path, array):
     return array.T if path[-1].endswith("kernel") else array
 
 
 def load(net: AWD, params) -> None:
-    """Takes over the `nnx.State` of the parameters of a `train.awd.AWD`."""
-    own, given = parameters(net), dict(nnx.to_flat_state(params))
-    if own.keys() != given.keys():
-        raise ValueError(f"params must be of {sorted(own)}, got {sorted(given)}")
+    """Copies the parameters of a `train.models.awd.AWD`, an `nnx.State`."""
+    own, arrays = parameters(net), dict(nnx.to_flat_state(params))
+    if own.keys() != arrays.keys():
+        raise ValueError(f"params must have {sorted(own)}, got {sorted(arrays)}")
     with torch.no_grad():
         for path, parameter in own.items():
-            array = transposed(path, np.array(given[path][...]))
+            array = transpose_kernel(path, np.array(arrays[path][...]))
             if parameter.shape != array.shape:
                 raise ValueError(
-                    f"params must have {tuple(parameter.shape)} at {path}, got "
-                    f"{array.shape}, both as in PyTorch"
+                    f"params must have the shape {tuple(parameter.shape)} at {path}, "
+                    f"got {array.shape}, both in PyTorch's layout"
                 )
             parameter.copy_(torch.from_numpy(array))
 
 
-def read(net: AWD, what: Literal["data", "grad"]) -> dict[tuple, np.ndarray]:
-    """Parameters or gradients by path, in the layout of `train.awd.AWD`."""
+def read(net: AWD, attribute: Literal["data", "grad"]) -> dict[tuple, np.ndarray]:
+    """Parameters or gradients by path, in the layout of `train.models.awd.AWD`."""
     return {
-        path: transposed(path, getattr(parameter, what).numpy(force=True)).copy()
+        path: transpose_kernel(
+            path, getattr(parameter, attribute).numpy(force=True)
+        ).copy()
         for path, parameter in parameters(net).items()
     }
 
 
 def as_masks(masks: Masks) -> Masks:
-    """Those of `train.awd.draw_masks` as tensors."""
+    """The masks of `train.models.awd.draw_masks` as tensors."""
     tensors: Any = jax.tree.map(lambda a: torch.from_numpy(np.array(a)), masks)
     return tensors._replace(weights=tuple(a.T.contiguous() for a in tensors.weights))

@@ -1,7 +1,8 @@
-"""One of the runs as a PyTorch loop, to know what they would cost that way.
+"""Runs of `train.compare` and `train.low_memory` as a plain PyTorch loop.
 
 The same network, initial weights, batches, learning rates and momenta, step by step, in
-one thread. PyTorch is imported where it is used: without it only this part is left out.
+one thread: what the runs would cost in PyTorch. PyTorch is imported inside functions,
+so that `train.compare` works without it.
 """
 
 import importlib.util
@@ -11,36 +12,46 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-TIME_LIMIT = 2.0  # seconds after which a run is cut short and extrapolated
+from adamw_jax import Phases
+
+TIME_LIMIT = 2.0  # seconds after which a run is stopped and its time extrapolated
 
 
 def is_available() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def time_run(name, member, cycle, train_x, test_x, test_y) -> dict[str, Any]:
-    """Trains one member with the foreach and with the fused optimizer of torch.optim.
+def time_run(
+    name: str,
+    run: dict[str, Any],
+    cycle: Phases,
+    train_x: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+) -> dict[str, Any]:
+    """Trains with the foreach and the fused implementation of torch.optim.
 
     Args:
-        name: which optimizer, as in `train.compare`.
-        member: what a run of `train.compare` is given: lr, decay, params, order, ...
-        cycle: the Phases of b1, and of the learning rate with a peak of 1.
-        train_x: training images, normalised, and padded if the member has crops.
+        name: of the optimizer, as in `train.compare`.
+        run: from `train.recipes.compare.select_runs`: lr, decay, params, order, ...
+        cycle: schedules of b1, and of the learning rate with a peak of 1.
+        train_x: training images, normalised, and padded if the run has crops.
         test_x: test images, normalised.
         test_y: their labels.
 
     Returns:
-        {seconds, accuracy in %} of the faster one. The seconds are those of a whole run
-        without evaluation; the accuracy is None if the run was cut short.
+        {seconds, accuracy in %} of the faster one. The seconds are those of the whole
+        run without evaluation; the accuracy is None if the run was stopped.
     """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        _train(name, False, member, cycle, train_x, test_x, test_y, 0.1)  # warm up
+        data = (train_x, test_x, test_y)
+        _train(name, False, run, cycle, *data, time_limit=0.1)  # warm up
         foreach, fused = (
-            _train(name, fused, member, cycle, train_x, test_x, test_y, TIME_LIMIT)
+            _train(name, fused, run, cycle, *data, time_limit=TIME_LIMIT)
             for fused in (False, True)
         )
         return foreach if foreach["seconds"] < fused["seconds"] else fused
@@ -49,37 +60,34 @@ def time_run(name, member, cycle, train_x, test_x, test_y) -> dict[str, Any]:
 
 
 def _train(
-    name, fused, member, cycle, train_x, test_x, test_y, limit
+    name, fused, run, cycle, train_x, test_x, test_y, *, time_limit: float
 ) -> dict[str, Any]:
     import torch
     from torch.nn import functional as F
 
     from train.references.wide_resnet import crop_and_flip
 
-    net = network(member["params"])
-    optimizer = _optimizer(name, net.parameters(), float(member["decay"]), fused)
+    net = make_network(run["params"])
+    optimizer = _make_optimizer(name, net.parameters(), float(run["decay"]), fused)
     (group,) = optimizer.param_groups
-    x, y = torch.from_numpy(train_x), torch.from_numpy(member["labels"]).long()
-    order = torch.from_numpy(member["order"]).long()
-    crops = "crops" in member and torch.from_numpy(member["crops"]).long()
+    x, y = torch.from_numpy(train_x), torch.from_numpy(run["labels"]).long()
+    order = torch.from_numpy(run["order"]).long()
+    crops = torch.from_numpy(run["crops"]).long() if "crops" in run else None
     values = [cycle.at(step) for step in range(len(order))]
 
-    seconds, begin = 0.0, time.perf_counter()
+    seconds, start = 0.0, time.perf_counter()
     for step, index in enumerate(order):
-        group["lr"] = float(member["lr"]) * values[step]["learning_rate"]
+        group["lr"] = float(run["lr"]) * values[step]["learning_rate"]
         if name == "sgd":
             group["momentum"] = values[step]["b1"]
         else:
             group["betas"] = (values[step]["b1"], 0.99)
-        if crops is False:
-            batch = x[index]
-        else:
-            batch = crop_and_flip(x, index, crops[step])
+        batch = x[index] if crops is None else crop_and_flip(x, index, crops[step])
         optimizer.zero_grad()
         F.cross_entropy(net(batch), y[index]).backward()
         optimizer.step()
-        seconds = time.perf_counter() - begin
-        if seconds > limit:
+        seconds = time.perf_counter() - start
+        if seconds > time_limit:
             return {"seconds": seconds * len(order) / (step + 1), "accuracy": None}
 
     net.eval()
@@ -88,25 +96,25 @@ def _train(
     return {"seconds": seconds, "accuracy": 100 * float((guess == test_y).mean())}
 
 
-def _optimizer(name, params, decay, fused):
+def _make_optimizer(name, params, decay, fused):
     import torch
 
     options: dict[str, Any] = {"weight_decay": decay, "lr": 1.0}
     options |= {"fused": True} if fused else {"foreach": True}
-    if name == "sgd":  # the rate and the momentum are set at every step
+    if name == "sgd":  # learning rate and momentum are set at every step
         return torch.optim.SGD(params, momentum=0.9, **options)
-    kind = torch.optim.AdamW if name.endswith("w") else torch.optim.Adam
-    return kind(params, amsgrad=name.startswith("amsgrad"), **options)
+    optimizer = torch.optim.AdamW if name.endswith("w") else torch.optim.Adam
+    return optimizer(params, amsgrad=name.startswith("amsgrad"), **options)
 
 
-def network(params):
-    """The twin of the network in `train.models` that these are the parameters of."""
+def make_network(params: nnx.State) -> Any:
+    """The PyTorch twin of a network in `train.models.small`, with these parameters."""
     from torch import from_numpy, nn
     from torch.nn import functional as F
 
     arrays = {}
     for path, param in nnx.to_flat_state(params):
-        array = np.array(param[...])  # a copy: it will be trained in place
+        array = np.array(param[...])  # a copy, since PyTorch trains in place
         if array.ndim > 1:  # flax has (..., in, out), torch (out, in, ...)
             array = np.ascontiguousarray(np.moveaxis(array, (-1, -2), (0, 1)))
         arrays[".".join(map(str, path))] = array

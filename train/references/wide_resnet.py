@@ -1,11 +1,11 @@
-"""`train.wide_resnet` in PyTorch: equal to it in float64, and timed beside it."""
+"""`train.models.wide_resnet` in PyTorch: equal in float64, and timed beside it."""
 
 import torch
 from torch import nn
 
 
 class Block(nn.Module):
-    """Pre-activated; the shortcut takes the activated tensor."""
+    """Pre-activated; the shortcut starts from the activated tensor."""
 
     def __init__(self, n_in, n_out, stride):
         super().__init__()
@@ -45,7 +45,7 @@ class WideResNet(nn.Module):
 
 
 def crop_and_flip(x: torch.Tensor, index: torch.Tensor, crops: torch.Tensor):
-    """Some of the padded NHWC images, by one gather; crops as in `train.batches`."""
+    """Crops some of the padded NHWC images in one gather; see `train.data.batches`."""
     row, column, flip = crops.long().T[..., None]
     pixels = torch.arange(32, device=x.device)
     columns = torch.where(flip == 1, 31 - pixels, pixels) + column

@@ -99,10 +99,10 @@ class Run:
             written = log_file.read_json(self.folder / "config.json").get("format", 1)
             if written != FORMAT and self.seeds_left:
                 raise ValueError(
-                    f"name: {self.folder} has an unfinished run in format {written}, "
-                    f"whose checkpoints this version (format {FORMAT}) cannot resume. "
-                    "Finish it with the version that started it, choose another "
-                    "--name, or pass --overwrite to remove it"
+                    f"name: {self.folder} has an unfinished run of an earlier version "
+                    f"(format {written}, now {FORMAT}), whose checkpoints cannot be "
+                    "continued. Finish it with that version, choose another --name, or "
+                    "pass --overwrite to remove it"
                 )
             self._resources = resources.pop_all()
         return self

@@ -1,9 +1,7 @@
 """Gradient accumulation: equal to the large batch, and nothing computed in vain."""
 
-import dataclasses
 import functools
 import itertools
-import json
 import math
 
 import jax
@@ -515,9 +513,9 @@ def test_none_gradients(step):
 def test_with_freeze(outside):
     mask, inner = aj.mask_by_path("^b/"), aj.adamw(0.1)
     tx = (
-        aj.freeze(aj.accumulate_gradients(inner, 2), mask)
+        aj.freeze_leaves(aj.accumulate_gradients(inner, 2), mask)
         if outside
-        else aj.accumulate_gradients(aj.freeze(inner, mask), 2)
+        else aj.accumulate_gradients(aj.freeze_leaves(inner, mask), 2)
     )
     rows, state = run(tx, [P, P])
     assert_same(rows[1]["b"], P["b"])
@@ -709,70 +707,3 @@ def test_update_and_apply_with_a_link_behind():
 def test_has_updated_of_another_state():
     with pytest.raises(ValueError, match="of 0 accumulations"):
         aj.has_updated(aj.adamw(0.1).init(P))
-
-
-# ---- what it costs ------------------------------------------------------------------
-
-
-def test_the_benchmark(tmp_path, capsys, lenient):
-    from train.bench import accumulation as bench
-
-    config = bench.Config(
-        parameters=12, leaves=3, every_k=3, turns=2, out=tmp_path, name="b"
-    )
-    results = bench.main(config)
-    rows = results["rows"]
-    assert len(rows) == 11
-    plain = rows["AdamW alone"]
-    assert plain["adamw_steps"] == 1.0 and plain["floor_bytes"] == 28 * 12
-    for row in rows.values():
-        assert 0 < row["best_ms"] <= row["median_ms"]
-        assert row["adamw_steps"] == pytest.approx(
-            row["median_ms"] / plain["median_ms"]
-        )
-        assert row["floor_gb_per_second"] == pytest.approx(
-            row["floor_bytes"] / row["median_ms"] / 1e6
-        )
-    assert rows["optax.MultiSteps: mean of a window"]["floor_bytes"] == pytest.approx(
-        12 * (12 + 12 + 32) / 3
-    )
-    assert all(len(windows) == 2 for windows in results["window_ms"].values())
-    assert json.loads((tmp_path / "b" / "bench.json").read_text()) == results
-    assert (tmp_path / "b" / "bench.md").read_text() in capsys.readouterr().out
-    with pytest.raises(ValueError, match="exists"):
-        bench.main(config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"every_k": 1}, "every_k must be at least 2, got 1"),
-        ({"turns": 0}, "turns must be at least 1, got 0"),
-        ({"leaves": 3}, "parameters must be a multiple of the 3 leaves"),
-    ],
-)
-def test_bad_settings_of_the_benchmark(tmp_path, changes, message):
-    from train.bench import accumulation as bench
-
-    config = dataclasses.replace(bench.Config(parameters=8, out=tmp_path), **changes)
-    with pytest.raises(ValueError, match=message):
-        bench.main(config)
-
-
-def test_the_programs_of_the_benchmark_agree(lenient):
-    """That the same is timed: after a window, the same parameters."""
-    from train.bench import accumulation as bench
-
-    config = bench.Config(parameters=6, leaves=2)
-    grads, ends = bench.random_tree(1, config), {}
-    for name, (init, step) in bench.programs(2).items():
-        params = bench.random_tree(0, config)
-        state = init(params)
-        for _ in range(1 if name == bench.PLAIN else 2):
-            params, state = jax.jit(step)(params, state, grads)
-        ends[name] = params
-    sum_alone = ends.pop(bench.SUM_ALONE)
-    assert_same(sum_alone, bench.random_tree(0, config))
-    for end in ends.values():
-        np.testing.assert_allclose(end["leaf1"], ends[bench.PLAIN]["leaf1"], rtol=1e-6)
-        assert (end["leaf1"] != sum_alone["leaf1"]).all()

@@ -44,7 +44,7 @@ def train(tx, params, steps=5, scale=1.0):
     @jax.jit
     def step(params, state, x):
         def loss(params):
-            tree = params.tree if isinstance(params, aj.Flat) else params
+            tree = params.tree if isinstance(params, aj.Packed) else params
             return loss_of(tree, x)
 
         grads = jax.grad(loss)(params)
@@ -87,7 +87,9 @@ OPTIMIZERS = {
         [not_bias, labels],
     ),
     "frozen": (
-        lambda: aj.freeze(aj.adamw(0.1, mask=not_bias), aj.mask_by_path("^dense")),
+        lambda: aj.freeze_leaves(
+            aj.adamw(0.1, mask=not_bias), aj.mask_by_path("^dense")
+        ),
         [not_bias, aj.mask_by_path("^dense")],
     ),
     "accumulated": (lambda: aj.accumulate_gradients(aj.adamw(0.1), 2), []),
@@ -107,17 +109,17 @@ def test_the_training_is_the_same(x64, lenient, name, max_size):
     make, masks = OPTIMIZERS[name]
     params = params_of(jnp.float64)
     plain, plain_state = train(make(), params)
-    flat = aj.flatten(params, *masks, max_size=max_size)
+    flat = aj.pack(params, *masks, max_size=max_size)
     packed, state = train(make(), flat)
-    assert isinstance(packed, aj.Flat)
+    assert isinstance(packed, aj.Packed)
     compare(packed.tree, plain, rtol=1e-12)
-    compare(aj.unflatten(state), plain_state, rtol=1e-12, atol=1e-15)
+    compare(aj.unpack(state), plain_state, rtol=1e-12, atol=1e-15)
 
 
 def test_bfloat16_beside_float32():
     params = params_of()
     params["dense"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["dense"])
-    flat = aj.flatten(params)
+    flat = aj.pack(params)
     assert sorted(flat.buffers) == ["bfloat16", "float32"]
     compare(flat.tree, params)
     tx = aj.adamw(0.1)
@@ -130,11 +132,11 @@ def test_bfloat16_beside_float32():
 
 def test_the_gradient_is_one_of_the_buffers():
     params, x = params_of(), jnp.ones((6, 3))
-    flat = aj.flatten(params)
+    flat = aj.pack(params)
     grads = jax.grad(lambda p: loss_of(p.tree, x))(flat)
     expected = jax.grad(loss_of)(params, x)
     compare(grads.tree, expected, rtol=1e-6)
-    compare(grads, aj.flatten_like(expected, flat), rtol=1e-6)
+    compare(grads, aj.pack_like(expected, flat), rtol=1e-6)
     # In the other direction, too.
     _, tangent = jax.jvp(lambda p: loss_of(p.tree, x), (flat,), (flat,))
     _, expected = jax.jvp(lambda p: loss_of(p, x), (params,), (params,))
@@ -142,7 +144,7 @@ def test_the_gradient_is_one_of_the_buffers():
 
 
 def test_what_lies_where():
-    flat = aj.flatten(params_of(), not_bias, max_size=100)
+    flat = aj.pack(params_of(), not_bias, max_size=100)
     assert {name: x.shape for name, x in flat.buffers.items()} == {
         "float32/True": (1024,),
         "float32/False": (1024,),
@@ -158,7 +160,7 @@ def test_what_lies_where():
 
 
 def test_the_filling_stays_zero():
-    packed, state = train(aj.adamw(0.1, weight_decay=0.1), aj.flatten(params_of()))
+    packed, state = train(aj.adamw(0.1, weight_decay=0.1), aj.pack(params_of()))
     used = sum(x.size for x in jax.tree.leaves(packed.tree))
     for tree in (packed, state.inner_state[0].mu, state.inner_state[0].nu):
         np.testing.assert_array_equal(tree.buffers["float32"][used:], 0)
@@ -168,7 +170,7 @@ def test_a_step_is_as_small_as_that_of_one_leaf():
     """And is compiled once."""
 
     def fusions(count):
-        flat = aj.flatten({str(i): jnp.ones(8) for i in range(count)})
+        flat = aj.pack({str(i): jnp.ones(8) for i in range(count)})
         return compiled_update(aj.adamw(0.1), flat).as_text().count(" fusion(")
 
     assert fusions(300) == fusions(1)
@@ -181,10 +183,10 @@ def test_a_step_is_as_small_as_that_of_one_leaf():
         return jax.tree.map(lambda x: x + 1, params)
 
     params = params_of()
-    first = aj.flatten(params)
-    assert aj.flatten(params_of())._layout is first._layout  # compared at every call
+    first = aj.pack(params)
+    assert aj.pack(params_of())._layout is first._layout  # compared at every call
     step(step(first))
-    step(aj.flatten(params))  # another object of the same layout
+    step(aj.pack(params))  # another object of the same layout
     assert traced == 1
 
 
@@ -207,9 +209,9 @@ def test_any_tree(tree, max_size):
     tree = jax.tree.map(
         lambda x: jnp.arange(x.size).reshape(x.shape).astype(x.dtype), tree
     )
-    flat = aj.flatten(tree, max_size=max_size)
+    flat = aj.pack(tree, max_size=max_size)
     compare(flat.tree, tree)
-    compare(aj.flatten_like(tree, flat), flat)
+    compare(aj.pack_like(tree, flat), flat)
     assert all(buffer.size % 1024 == 0 for buffer in flat.buffers.values())
 
 
@@ -217,8 +219,8 @@ def test_checkpoints_are_plain(tmp_path):
     tx = aj.adamw(CYCLE, mask=not_bias)
     never = params_of()
     del never["empty"]  # Orbax does not write it
-    params, state = train(tx, aj.flatten(never, not_bias))
-    plain = {"params": aj.unflatten(params), "state": aj.unflatten(state)}
+    params, state = train(tx, aj.pack(never, not_bias))
+    plain = {"params": aj.unpack(params), "state": aj.unpack(state)}
     assert jax.tree.structure(plain) == jax.tree.structure(
         {"params": never, "state": tx.init(never)}
     )
@@ -227,19 +229,19 @@ def test_checkpoints_are_plain(tmp_path):
         checkpointer.wait_until_finished()
         shapes = jax.eval_shape(lambda: plain)
         restored = checkpointer.restore(tmp_path / "1", shapes)
-    compare(aj.flatten_like(restored["params"], params), params)
-    compare(aj.flatten_like(restored["state"], state), state)
+    compare(aj.pack_like(restored["params"], params), params)
+    compare(aj.pack_like(restored["state"], state), state)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_states_there_and_back(lenient, name):
     make, masks = OPTIMIZERS[name]
-    flat, tx = aj.flatten(params_of(), *masks), make()
+    flat, tx = aj.pack(params_of(), *masks), make()
     state = tx.init(flat)
-    plain = aj.unflatten(state)
+    plain = aj.unpack(state)
     assert jax.tree.structure(plain) == jax.tree.structure(tx.init(flat.tree))
-    compare(aj.flatten_like(plain, state), state)
-    shapes = aj.unflatten(jax.eval_shape(tx.init, flat))
+    compare(aj.pack_like(plain, state), state)
+    shapes = aj.unpack(jax.eval_shape(tx.init, flat))
     assert jax.tree.structure(shapes) == jax.tree.structure(plain)
     for x, y in zip(jax.tree.leaves(shapes), jax.tree.leaves(plain), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
@@ -248,25 +250,25 @@ def test_states_there_and_back(lenient, name):
 def test_blocks_that_cross_the_leaves():
     """They train, and are not taken for blocks of the leaves."""
     params = {"a": jnp.ones((64, 8)), "b": jnp.ones((16, 64))}
-    flat, tx = aj.flatten(params), aj.quantize_moments(aj.adamw(0.1), min_size=256)
+    flat, tx = aj.pack(params), aj.quantize_moments(aj.adamw(0.1), min_size=256)
     state = tx.init(flat)
     updates, _ = tx.update(flat, state, flat)
     assert np.isfinite(updates.buffers["float32"]).all()
-    with pytest.raises(ValueError, match="of buffer float32 there is a Blocks"):
-        aj.unflatten(state)
+    with pytest.raises(ValueError, match="buffer float32 was replaced by a Blocks"):
+        aj.unpack(state)
 
 
 def test_labels_with_slashes():
     """Their buffers are not mistaken for each other's."""
     params = {"a": jnp.zeros(2), "b": jnp.ones(3)}
-    flat = aj.flatten(params, {"a": "a/b", "b": "a"}, {"a": "c", "b": "b/c"})
+    flat = aj.pack(params, {"a": "a/b", "b": "a"}, {"a": "c", "b": "b/c"})
     assert len(flat.buffers) == 2
 
 
 def test_nnx():
     net = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(net, nnx.Param)
-    flat = aj.flatten(params, not_bias)
+    flat = aj.pack(params, not_bias)
     x = jnp.ones((4, 3))
     grads = jax.grad(lambda p: nnx.merge(graphdef, p.tree)(x).sum())(flat)
     expected = nnx.grad(lambda net: net(x).sum())(net)
@@ -274,7 +276,7 @@ def test_nnx():
 
 
 def test_the_view_of_many_at_once():
-    stacked = jax.vmap(lambda s: jax.tree.map(lambda x: s * x, aj.flatten(params_of())))
+    stacked = jax.vmap(lambda s: jax.tree.map(lambda x: s * x, aj.pack(params_of())))
     trees = jax.vmap(lambda flat: flat.tree)(stacked(jnp.arange(3.0)))
     assert trees["dense"]["kernel"].shape == (3, 3, 4)
 
@@ -292,7 +294,7 @@ def test_a_sharded_leaf_keeps_its_place():
     shard = NamedSharding(mesh(), PartitionSpec("data"))
     params = jax.device_put(params_of(), NamedSharding(mesh(), PartitionSpec()))
     params["large"]["kernel"] = jax.device_put(params["large"]["kernel"], shard)
-    flat = aj.flatten(params)
+    flat = aj.pack(params)
     assert [x.sharding for x in flat.leaves] == [shard]
     assert flat.buffers["float32"].sharding.is_fully_replicated
     tx = aj.adamw(0.1, weight_decay=0.1)
@@ -309,7 +311,7 @@ def test_moments_sharded_over_devices():
     whole, shard = (
         NamedSharding(mesh(), PartitionSpec(*axes)) for axes in ((), ("data",))
     )
-    params = aj.flatten(params_of())
+    params = aj.pack(params_of())
     tx = aj.adamw(0.1)
     expected, _ = train(tx, params)
 
@@ -347,39 +349,39 @@ def test_moments_sharded_over_devices():
 
 
 def test_a_mask_that_cuts_through_a_buffer():
-    flat = aj.flatten(params_of())
+    flat = aj.pack(params_of())
     for mask in (not_bias, aj.mask_by_path("kernel")):
         with pytest.raises(
-            ValueError, match=r"mask says .* one buffer; .*flatten\("
+            ValueError, match=r"mask is .* share a buffer; .*pack\("
         ) as e:
             aj.adamw(0.1, mask=mask).init(flat)
         assert "dense/bias" in str(e.value) and "dense/kernel" in str(e.value)
     groups = aj.scale_by_group({"head": 1.0, "body": 0.1}, labels)
-    with pytest.raises(
-        ValueError, match=r"labels says 'body' for dense/bias and 'head'"
-    ):
+    with pytest.raises(ValueError, match=r"labels is 'body' for dense/bias and 'head'"):
         groups.init(flat)
 
 
 def test_a_misspelled_mask():
-    flat = aj.flatten(params_of())
+    flat = aj.pack(params_of())
     with pytest.raises(ValueError, match=r"match no leaf; .* dense/kernel"):
         aj.adamw(0.1, mask=aj.mask_by_path("kernal")).init(flat)
     with pytest.raises(ValueError, match=r"masks\[1\] does not have the structure"):
-        aj.flatten(params_of(), True, {"dense": True})
+        aj.pack(params_of(), True, {"dense": True})
     with pytest.raises(ValueError, match="max_size must be at least 0, got -1"):
-        aj.flatten(params_of(), max_size=-1)
+        aj.pack(params_of(), max_size=-1)
 
 
 def test_trees_that_do_not_fit():
-    flat = aj.flatten({"a": jnp.ones(2), "b": jnp.ones(3)})
+    flat = aj.pack({"a": jnp.ones(2), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match="tree has no leaf b"):
-        aj.flatten_like({"a": jnp.ones(2)}, flat)
-    with pytest.raises(ValueError, match=r"leaf b has the shape \(4,\), but \(3,\)"):
-        aj.flatten_like({"a": jnp.ones(2), "b": jnp.ones(4)}, flat)
+        aj.pack_like({"a": jnp.ones(2)}, flat)
+    with pytest.raises(
+        ValueError, match=r"leaf b must have the packed shape \(3,\), got \(4,\)"
+    ):
+        aj.pack_like({"a": jnp.ones(2), "b": jnp.ones(4)}, flat)
     mixed = {"a": jnp.ones(2), "b": jnp.ones(3, jnp.bfloat16)}
     with pytest.raises(ValueError, match="bfloat16 and float32 in buffer float32"):
-        aj.flatten_like(mixed, flat)
+        aj.pack_like(mixed, flat)
     tx = aj.adamw(0.1)
     with pytest.raises(ValueError, match="updates has an unexpected leaf a, b"):
         tx.update(flat.tree, tx.init(flat), flat)

@@ -1,6 +1,5 @@
-"""Corpora from files in every layout and from Python itself; columns and chunks."""
+"""Corpora from files in every layout, and from Python itself."""
 
-import math
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import text
+from train.data import chunks, text
 
 TEXTS = {
     "train": " \n = A title = \n \n the cat and the dog \n a <unk> cat \n",
@@ -51,16 +50,16 @@ def test_encode_and_unknown():
     ids = text.encode(["b", "x", "a", "y", "x"], vocabulary)
     np.testing.assert_array_equal(ids, [3, 2, 1, 2, 2])
     assert ids.dtype == np.int32
-    assert text.unknown(["b", "x", "a", "y", "x"], vocabulary) == ["x", "y"]
+    assert text.unknown_words(["b", "x", "a", "y", "x"], vocabulary) == ["x", "y"]
     assert text.encode([], vocabulary).shape == (0,)
 
 
-def test_detokenised():
+def test_detokenise():
     words = "= A = <eos> <eos> It 's 1 @,@ 200 @.@ 5 well @-@ read ( old ) men ; no ? !"
     expected = "= A =\n\nIt's 1,200.5 well-read (old) men; no?!"
-    assert text.detokenised(words.split()) == expected
-    assert text.detokenised(["a", "<eos>"]) == "a\n"
-    assert text.detokenised([]) == ""
+    assert text.detokenise(words.split()) == expected
+    assert text.detokenise(["a", "<eos>"]) == "a\n"
+    assert text.detokenise([]) == ""
 
 
 # ---------------------------------------------------------------------------
@@ -182,7 +181,7 @@ def test_files_that_are_not_there(tmp_path):
         text.wikitext2(tmp_path / "nowhere")
     with pytest.raises(
         ValueError,
-        match="neither wiki.train.tokens, nor .*train.txt, nor wikitext-2, .*https://",
+        match="none of wiki.train.tokens, .*train.txt, wikitext-2, .*https://",
     ):
         text.wikitext2(tmp_path)
 
@@ -256,7 +255,7 @@ def test_wikitext2_itself():
     if "ADAMW_JAX_DATA" not in os.environ:
         pytest.skip("ADAMW_JAX_DATA does not say where wikitext-2 is")
     root = Path(os.environ["ADAMW_JAX_DATA"])
-    if not any((root / name).exists() for name in text.BELOW):
+    if not any((root / name).exists() for name in text.SUBFOLDERS):
         pytest.skip(f"no WikiText-2 in ADAMW_JAX_DATA={root}")
     start = time.perf_counter()
     corpus = text.wikitext2(root)
@@ -273,9 +272,9 @@ def test_wikitext2_itself():
     ]
     eos = corpus.vocabulary.index("<eos>")
     assert lines == [np.sum(s == eos) for s in corpus[:3]] == [36_718, 3_760, 4_358]
-    rows = text.columns(corpus.train, 100)
+    rows = chunks.columns(corpus.train, 100)
     assert rows.shape == (20_886, 100)
-    assert len(text.chunks(len(rows), 70, seed=0, epoch=0)) == 297
+    assert len(chunks.chunk_table(len(rows), 70, seed=0, epoch=0)) == 297
 
 
 # ---------------------------------------------------------------------------
@@ -328,130 +327,5 @@ def test_no_text_leaks_into_training(topics):
 
 def test_python_without_its_documentation(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ValueError, match="came without its documentation .*pydoc_data"):
+    with pytest.raises(ValueError, match="lacks its documentation .*pydoc_data"):
         text.pydoc_topics()
-
-
-# ---------------------------------------------------------------------------
-# columns and chunks
-# ---------------------------------------------------------------------------
-
-
-@given(tokens=st.integers(2, 500), batch_size=st.integers(1, 250))
-def test_columns(tokens, batch_size):
-    stream = np.arange(tokens)
-    if 2 * batch_size > tokens:
-        with pytest.raises(ValueError, match=f"{tokens} tokens, got {batch_size}"):
-            text.columns(stream, batch_size)
-        return
-    table = text.columns(stream, batch_size)
-    assert table.shape == (tokens // batch_size, batch_size)
-    assert table.dtype == np.int32
-    assert table.flags.c_contiguous
-    np.testing.assert_array_equal(table.T.ravel(), stream[: table.size])
-
-
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_columns_without_a_batch(batch_size):
-    with pytest.raises(ValueError, match=f"batch_size must be .* got {batch_size}"):
-        text.columns(np.arange(10), batch_size)
-
-
-@given(
-    bptt=st.integers(5, 100),
-    size=st.integers(0, 5000),
-    seed=st.integers(0, 2**32),
-    epoch=st.integers(0, 100),
-)
-@settings(deadline=None)
-def test_chunks_of_the_article(bptt, size, seed, epoch):
-    rows = 2 * bptt + size
-    table = text.chunks(rows, bptt, seed, epoch)
-    starts, lengths = table.T
-    assert table.dtype == np.int32
-    assert len(table) == rows // bptt - 1
-    assert starts[0] == 0
-    np.testing.assert_array_equal(starts[1:], (starts + lengths)[:-1])
-    assert starts[-1] + lengths[-1] <= rows - 1
-    assert lengths.min() >= 5
-    assert lengths[0] == min(bptt + 25, rows - 1 - 5 * (len(table) - 1))
-
-
-@given(
-    bptt=st.integers(5, 100),
-    rows=st.integers(3, 5000),
-    seed=st.integers(0, 2**32),
-    epoch=st.integers(0, 100),
-)
-@settings(deadline=None)
-def test_chunks_of_salesforce(bptt, rows, seed, epoch):
-    """The loop of the original, with our draws."""
-    table = text.chunks(rows, bptt, seed, epoch, "salesforce")
-    lengths = iter(
-        text._lengths(np.random.default_rng([seed, epoch]), bptt, rows // 5 + 1)
-    )
-    expected, i = [], 0
-    while i < rows - 2:
-        length = min(next(lengths), rows - 1 - i)
-        expected.append((i, length))
-        i += length
-    np.testing.assert_array_equal(table, expected)
-
-
-@pytest.mark.parametrize(("bptt", "known"), [(70, 67.74), (35, None)])
-def test_lengths_are_those_of_the_article(bptt, known):
-    """Their mean and mean square, from the normal distribution function."""
-    lengths = text._lengths(np.random.default_rng(0), bptt, 4_000_000)
-
-    def mean(centre, power):  # of max(5, int(N(centre, 5))) ** power
-        above = {k: 0.5 * math.erfc((k - centre) / 5 / 2**0.5) for k in range(6, 200)}
-        steps = (p * (k**power - (k - 1) ** power) for k, p in above.items())
-        return 5**power + sum(steps)
-
-    for power in (1, 2):
-        expected = 0.95 * mean(bptt, power) + 0.05 * mean(bptt / 2, power)
-        if power == 1 and known:
-            assert expected == pytest.approx(known, abs=0.02)
-        drawn = lengths**power
-        standard_error = drawn.std() / len(drawn) ** 0.5
-        assert drawn.mean() == pytest.approx(expected, abs=4 * standard_error)
-
-
-def test_epochs_of_wikitext2():
-    """As many steps as the article's progress bar, and no chunk cut short."""
-    tables = [text.chunks(20_886, 70, seed=3, epoch=epoch) for epoch in range(200)]
-    assert {len(table) for table in tables} == {297}
-    assert {table[0, 1] for table in tables} == {95}
-    ends = np.array([table[-1].sum() for table in tables]) / 20_886
-    assert 0.93 < ends.min() < ends.mean() < ends.max() < 0.99
-    assert ends.mean() == pytest.approx(0.965, abs=0.003)
-
-
-def test_chunks_of_a_small_text():
-    np.testing.assert_array_equal(
-        text.chunks(20, 5, seed=0, epoch=0), [(0, 9), (9, 5), (14, 5)]
-    )
-    np.testing.assert_array_equal(text.chunks(10, 5, seed=0, epoch=0), [(0, 9)])
-
-
-def test_chunks_are_of_the_seed_and_the_epoch():
-    same, again, epoch, seed = (
-        text.chunks(5000, 70, *which) for which in [(1, 2), (1, 2), (1, 3), (2, 2)]
-    )
-    np.testing.assert_array_equal(same, again)
-    assert not np.array_equal(same, epoch)
-    assert not np.array_equal(same, seed)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"bptt": 4}, "bptt must be at least 5, got 4"),
-        ({"rows": 139}, "rows must be at least 140 for bptt=70 .*'article', got 139"),
-        ({"rows": 2, "style": "salesforce"}, "rows must be at least 3 .* got 2"),
-        ({"style": "fastai"}, "style must be 'article' or 'salesforce', got 'fastai'"),
-    ],
-)
-def test_bad_chunks(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        text.chunks(**{"rows": 1000, "bptt": 70, "seed": 0, "epoch": 0} | arguments)

@@ -1,4 +1,4 @@
-"""train.perplexity against a plain loop: one token after the other, a batch of one."""
+"""Perplexity against a plain loop: one token after the other, a batch of one."""
 
 import functools
 
@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from train.evals import perplexity
+from train.evals import neural_cache, perplexity
 from train.models import awd
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 WORDS, EMBEDDING, WIDTH, ROWS, BLOCK = 37, 4, 6, 8, 4
 SEGMENT = 3 * ROWS  # tokens, of three columns
@@ -227,3 +227,65 @@ def test_numbers_that_are_none_end_too():
         perplexity.reader(graph, 3), params, state, TEXT[:20], 3
     )
     assert segment.passes <= 3 and np.isnan(segment.log_probs).all()
+
+
+# ---------------------------------------------------------------------------
+# evaluation
+# ---------------------------------------------------------------------------
+
+
+def made_up_segments(n, size=20):
+    """Segments of `n` targets, padded; and what is in them, without padding."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(n, 5)).astype(np.float32)
+    log_probs = -rng.exponential(2, n).astype(np.float32)
+    targets = rng.integers(0, 4, n).astype(np.int32)
+    parts = []
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        padding = size - (stop - start)
+        parts.append(
+            perplexity.Segment(
+                np.pad(log_probs[start:stop], (0, padding), constant_values=-9),
+                np.pad(states[start:stop], ((0, padding), (0, 0))),
+                np.pad(targets[start:stop], (0, padding), constant_values=-1),
+                np.int32(1),
+            )
+        )
+    return parts, log_probs, states, targets
+
+
+@pytest.mark.parametrize("convention", ["article", "salesforce"])
+def test_evaluation_without_the_cache_and_with_it(convention):
+    """As `tune` computes it for the whole text at once."""
+    n = 47
+    parts, log_probs, states, targets = made_up_segments(n)
+    found = perplexity.evaluate(
+        parts, n, theta=0.5, lambda_=0.2, window=9, convention=convention
+    )
+    assert found["tokens"] == n
+    plain = np.exp(-log_probs.mean(dtype=np.float64))
+    assert found["perplexity"] == pytest.approx(plain, rel=1e-6)
+    tuned = neural_cache.tune(
+        log_probs, states, targets, [9], [0.5], [0.2], convention=convention
+    )
+    assert found["with_cache"] == pytest.approx(tuned.perplexities.item(), rel=1e-5)
+    assert found["with_cache"] != pytest.approx(plain, rel=1e-3)
+    assert found["tokens_in_full_chunks"] == 0
+    assert found["perplexity_of_full_chunks"] is None
+
+
+def test_full_chunks_of_the_article(monkeypatch):
+    """As its code counts: what does not fill one at the end is left out."""
+    parts, log_probs, *_ = made_up_segments(47)
+    monkeypatch.setattr(perplexity, "ARTICLE_CHUNK", 20)
+    found = perplexity.evaluate(parts, 47, window=9)
+    assert (found["tokens"], found["tokens_in_full_chunks"]) == (47, 40)
+    full = np.exp(-log_probs[:40].mean(dtype=np.float64))
+    assert found["perplexity_of_full_chunks"] == pytest.approx(full, rel=1e-6)
+    assert found["perplexity_of_full_chunks"] != found["perplexity"]
+    monkeypatch.setattr(perplexity, "ARTICLE_CHUNK", 47)
+    whole = perplexity.evaluate(parts, 47, window=9)
+    assert whole["tokens_in_full_chunks"] == 47
+    for key in ("perplexity", "with_cache"):
+        assert whole[f"{key}_of_full_chunks"] == whole[key]

@@ -1,24 +1,37 @@
-"""The scripts that measure everything, with an interpreter that only notes."""
+"""The measuring scripts, run with an interpreter that only logs its command lines."""
 
 import importlib
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tyro
 
-from train.data import cifar10 as data
-from train.data import pictures as images
+from train.bench import cifar10 as cifar10_bench
+from train.bench import language_model as language_model_bench
+from train.bench import update as update_bench
+from train.data import cifar10, pictures
 
-TRAIN = Path(__file__).parents[3] / "train" / "measure"
-SCRIPT = TRAIN / "cifar10.sh"
+SCRIPTS = Path(__file__).parents[3] / "train" / "measure"
+SCRIPT = SCRIPTS / "cifar10.sh"
+
+
+def parse(module: str, args: list[str]) -> Any:
+    """The configuration that the command makes of its arguments."""
+    script = importlib.import_module(module)
+    if module == "train.bench":
+        script = importlib.import_module("train.bench.__main__")
+    if hasattr(script, "parse_args"):
+        return script.parse_args(args)
+    return tyro.cli(script.Config, args=args)
 
 
 @pytest.fixture
 def measure(tmp_path):
-    """Runs it; returns the exit status and the commands, as lists of words."""
+    """Runs a script; returns its exit status and its commands as lists of words."""
     notes, python = tmp_path / "notes", tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\necho "$@" >> {notes}\necho says something\n'
@@ -36,7 +49,7 @@ def measure(tmp_path):
     return run
 
 
-def test_what_is_done_is_not_repeated_and_what_failed_is(measure, tmp_path):
+def test_only_failed_parts_are_repeated(measure, tmp_path):
     status, commands = measure(fail="sgd-30")
     assert status == 1
     names = [words[words.index("--name") + 1] for words in commands[:-1]]
@@ -50,7 +63,7 @@ def test_what_is_done_is_not_repeated_and_what_failed_is(measure, tmp_path):
 
 
 def test_it_can_be_stopped(tmp_path):
-    """With what is running, at once, without going on to the next part."""
+    """At once, with the running part and without starting the next."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/notes\nexec sleep 60\n')
     python.chmod(0o755)
@@ -61,45 +74,39 @@ def test_it_can_be_stopped(tmp_path):
     assert len((tmp_path / "notes").read_text().splitlines()) == 1
 
 
-def test_the_commands_are_understood(measure):
-    """By each script's own parser; with the seeds that were asked for."""
+def test_the_commands_for_cifar10(measure):
+    """Parsed by each script's own parser, with the expected seeds."""
     _, commands = measure()
     runs = {}
     for _, module, *args in commands[:-1]:
-        script = importlib.import_module(module)
-        if module == "train.cifar10":
-            recipe = args[args.index("--recipe") + 1]
-            config = tyro.cli(script.Config, args=args, default=script.RECIPES[recipe])
-        elif module == "train.bench":
-            config = tyro.cli(script.Cifar10 | script.LanguageModel, args=args)
-        else:
-            config = tyro.cli(script.Config, args=args)
+        config = parse(module, args)
         runs[config.name] = config
         assert config.out.name == "out"
         if module == "train.cifar10":
             assert (config.blocks, config.width, config.train_size) == (3, 96, None)
             assert config.name == config.recipe
+        elif module == "train.bench":
+            assert type(config) is cifar10_bench.Config and config.overwrite
     seeds = {name: getattr(config, "seeds", None) for name, config in runs.items()}
     assert seeds == {
         **{"fast": 10, "fast-200": 200, "bench-wrn22": None},
         **{"adamw-30": 5, "adamw-18-tta": 5, "adamw-30-wd0.3": 3},
         **{"adam-l2-30": 3, "amsgrad-30": 3, "amsgrad-l2-30": 3, "sgd-30": 3},
     }
-    assert runs["fast-200"].first_seed >= 10  # none that the choices were made with
+    assert runs["fast-200"].first_seed >= 10  # unlike those of tuning
 
 
 @pytest.mark.parametrize("data", [None, "DIR"])
 def test_the_commands_for_language_models(measure, tmp_path, data):
-    script, out = TRAIN / "language_model.sh", tmp_path / "out"
+    script, out = SCRIPTS / "language_model.sh", tmp_path / "out"
     command = [script, out] if data is None else [script, out, tmp_path / data]
     (tmp_path / "DIR").mkdir()
     status, commands = measure(*command, fail="salesforce")
     assert status == (data is None)
     runs, tuned, timed = {}, [], []
     for _, module, *args in commands[:-1]:
-        script = importlib.import_module(module)
+        config = parse(module, args)
         if module == "train.language_model":
-            config = script.config_of(args)
             runs[config.name] = config
             name = f"{config.model}-{config.recipe}"
             name += "-bfloat16" * (config.dtype == "bfloat16")
@@ -107,13 +114,11 @@ def test_the_commands_for_language_models(measure, tmp_path, data):
             assert config.data_dir == (data and tmp_path / data)
             assert config.embedding == (400 if data else 128)
         elif module == "train.tune_cache":
-            options = (tyro.conf.PositionalRequiredArgs,)
-            config = tyro.cli(script.Config, args=args, config=options)
             assert config.folder.name in runs  # trained before
             assert config.data_dir == (data and tmp_path / data)
             tuned.append(config.folder.name)
         else:
-            config = tyro.cli(script.Cifar10 | script.LanguageModel, args=args)
+            assert type(config) is language_model_bench.Config
             timed.append((config.model, config.cudnn, config.dtype))
     recipes = {"adam-l2", "adamw", "amsgrad-l2", "amsgradw"}
     recipes |= set() if data else {"salesforce"}
@@ -124,33 +129,31 @@ def test_the_commands_for_language_models(measure, tmp_path, data):
     expected = [(model, False, "float32") for model in ("lstm", "qrnn")]
     expected += [("lstm", True, "float32"), ("lstm", False, "bfloat16")]
     assert timed == (expected if data else [])
-    if data is None:  # what failed is done again, and nothing else
+    if data is None:  # only what failed is repeated
         _, commands = measure(*command)
         assert [words[4] for words in commands[:-1]] == ["salesforce"] * 2
 
 
 @pytest.mark.parametrize("weights", [None, "WEIGHTS.pth"])
 def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
-    """From scratch, CIFAR-10's body, and what is begun with that or with the file."""
-    out, given = tmp_path / "out", tmp_path / "given"
-    given.mkdir()
+    """From scratch, the body from CIFAR-10, and runs that start from it or the file."""
+    out, inputs = tmp_path / "out", tmp_path / "inputs"
+    inputs.mkdir()
     monkeypatch.setenv("NETWORK", "--architecture resnet18 --width 16")
     monkeypatch.setenv("EPOCHS", "12")
-    command = [TRAIN / "cars.sh", out, given / "CARS", given / "CIFAR"]
-    command += [given / weights] if weights else []
+    command = [SCRIPTS / "cars.sh", out, inputs / "CARS", inputs / "CIFAR"]
+    command += [inputs / weights] if weights else []
     status, commands = measure(*command, fail="scratch-adamw")
     assert status == 1
     runs, timed = {}, {}
     for words in commands[:-1]:
         if words[0] == "-":  # writes CIFAR-10 as images
-            assert words[1:] == [str(given / "CIFAR"), str(out / "cifar10-images")]
+            assert words[1:] == [str(inputs / "CIFAR"), str(out / "cifar10-images")]
             continue
-        script = importlib.import_module(words[1])
+        config = parse(words[1], words[2:])
         if words[1] == "train.bench":
-            config = tyro.cli(script.Config, args=words[2:])
             timed[config.name] = config.architecture, config.width, config.size
         else:
-            config = tyro.cli(script.Config, args=words[2:])
             runs[config.name] = config
         assert config.out == out
     own = {"bench-224": ("resnet50", 64, 224)} if weights else {}
@@ -165,16 +168,16 @@ def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
         expected = ("resnet50", 64) if own else ("resnet18", 16)
         assert (config.architecture, config.width) == expected
         if own:  # the article's
-            assert config.weights == given / "WEIGHTS.pth"
+            assert config.weights == inputs / "WEIGHTS.pth"
             assert (config.frozen_epochs, config.epochs, config.size) == (None, 40, 224)
         elif name.startswith("cifar10-body-"):
             assert config.weights == out / "cifar10-body" / "model-0.safetensors"
             assert config.frozen_epochs + config.epochs == 12
         else:
             assert config.weights is None
-        where = out / "cifar10-images" if name == "cifar10-body" else given / "CARS"
+        where = out / "cifar10-images" if name == "cifar10-body" else inputs / "CARS"
         assert config.data_dir == where
-    _, commands = measure(*command)  # what failed is done again
+    _, commands = measure(*command)  # what failed is repeated
     again = [
         words[words.index("--name") + 1] for words in commands if "--name" in words
     ]
@@ -183,18 +186,21 @@ def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
 
 def test_the_commands_for_updates(measure, tmp_path, monkeypatch):
     monkeypatch.setenv("TRANSFORMER", "0.2")
-    command = TRAIN / "update.sh", tmp_path / "out"
+    command = SCRIPTS / "update.sh", tmp_path / "out"
     status, commands = measure(*command, fail="large-full")
     assert status == 1
     runs = {}
     for _, module, *args in commands[:-1]:
-        script = importlib.import_module(module)
-        config = tyro.cli(script.Config, args=args)
-        script.check(config)
-        assert config.out == tmp_path / "out" and config.overwrite
+        config = parse(module, args)
+        assert module == "train.bench" and config.out == tmp_path / "out"
+        assert config.overwrite
         runs[config.name] = config
-    updates = {name: config for name, config in runs.items() if hasattr(config, "step")}
-    assert set(runs) - set(updates) == {"flatten", "accumulate"}
+    updates = {
+        name: config
+        for name, config in runs.items()
+        if isinstance(config, update_bench.Config)
+    }
+    assert set(runs) - set(updates) == {"packing", "accumulation"}
     measured = {(c.leaves, c.step, c.dtype) for c in updates.values()}
     assert measured == {
         (leaves, "adamw", dtype)
@@ -202,25 +208,26 @@ def test_the_commands_for_updates(measure, tmp_path, monkeypatch):
         for dtype in ("float32", "bfloat16")
     } | {(leaves, "full", "float32") for leaves in ("resnet50", "large")}
     for config in updates.values():
+        update_bench.check(config)
         assert config.scale == (0.2 if config.leaves == "transformer" else 1)
-    _, commands = measure(*command)  # what failed is done again
+    _, commands = measure(*command)  # what failed is repeated
     assert [words[words.index("--name") + 1] for words in commands[:-1]] == [
         "large-full"
     ]
 
 
-def test_cifar10_as_a_folder_for_each_class(cifar_dir, tmp_path, monkeypatch):
-    """As the script writes it, and train.images reads it: to the last pixel."""
-    script = (TRAIN / "cars.sh").read_text()
+def test_cifar10_as_a_folder_per_class(cifar_dir, tmp_path, monkeypatch):
+    """The script writes what train.data.pictures reads, to the last pixel."""
+    script = (SCRIPTS / "cars.sh").read_text()
     code = script.split("<<'EOF'")[1].split("EOF")[0].partition("\n")[2]
     monkeypatch.setattr("sys.argv", ["-", str(cifar_dir), str(tmp_path / "images")])
     exec(compile(code, "cars.sh", "exec"), {})
-    pictures = images.read(tmp_path / "images")
-    train, test = data.read_cifar10(cifar_dir)
-    assert pictures.split == "the images of test/"
-    for files, expected in ((pictures.train, train), (pictures.valid, test)):
+    written = pictures.read(tmp_path / "images")
+    train, test = cifar10.read_cifar10(cifar_dir)
+    assert written.split == "the images of test/"
+    for files, expected in ((written.train, train), (written.valid, test)):
         order = np.argsort([path.name for path in files.paths])
         np.testing.assert_array_equal(files.labels[order], expected.y)
         for i, at in enumerate(order):
-            x = np.asarray(images.open_image(files.paths[at]))
+            x = np.asarray(pictures.open_image(files.paths[at]))
             np.testing.assert_array_equal(x, expected.x[i])

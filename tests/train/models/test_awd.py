@@ -23,7 +23,8 @@ from train.models.awd import (
 )
 from train.references import awd as torch_awd
 
-pytestmark = pytest.mark.usefixtures("lenient", "x64")  # Flax and Optax promote dtypes
+# Flax and Optax promote dtypes.
+pytestmark = pytest.mark.usefixtures("lenient", "x64", "fast_compile")
 
 WORDS, EMBEDDING, WIDTH, LAYERS, TIME, BATCH = 13, 6, 8, 3, 7, 4
 KINDS = ("lstm", "qrnn")
@@ -155,8 +156,15 @@ def test_initial_values(kind):
         assert values.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "masked"),
+    [
+        ("lstm", True),
+        ("qrnn", True),
+        ("lstm", False),
+        pytest.param("qrnn", False, marks=pytest.mark.slow),
+    ],
+)
 def test_outputs_are_those_of_pytorch(kind, masked):
     graph, params = build(kind)
     net = nnx.merge(graph, params, copy=True)
@@ -187,11 +195,11 @@ def test_loss_and_gradients_are_those_of_pytorch(kind, dropped_ar):
     args = torch.tensor(x), torch.tensor(y).long(), tensors(state)
     args = *args, torch_awd.as_masks(masks)
     if dropped_ar:
-        their_loss, _ = torch_awd.loss_of(twin, *args, alpha=0.0, beta=BETA)
+        their_loss, _ = torch_awd.loss_fn(twin, *args, alpha=0.0, beta=BETA)
         _, dropped, _ = twin(args[0], *args[2:])
         their_loss = their_loss + ALPHA * dropped.square().mean()
     else:
-        their_loss, _ = torch_awd.loss_of(twin, *args, alpha=ALPHA, beta=BETA)
+        their_loss, _ = torch_awd.loss_fn(twin, *args, alpha=ALPHA, beta=BETA)
     their_loss.backward()
     close(loss, their_loss.detach())
     same_parameters(grads, torch_awd.read(twin, "grad"))
@@ -274,9 +282,9 @@ def test_the_masks_of_the_twin_are_ours_in_shape_and_scale():
 
 def test_the_twin_refuses_what_does_not_fit():
     _, params = build("lstm")
-    with pytest.raises(ValueError, match="params must be of .*input_bias"):
+    with pytest.raises(ValueError, match="params must have .*input_bias"):
         torch_awd.load(torch_awd.AWD(WORDS, EMBEDDING, WIDTH, 2), params)
-    with pytest.raises(ValueError, match=r"must have \(14, 6\) .*, got \(13, 6\)"):
+    with pytest.raises(ValueError, match=r"the shape \(14, 6\) .*, got \(13, 6\)"):
         torch_awd.load(torch_awd.AWD(WORDS + 1, EMBEDDING, WIDTH, LAYERS), params)
 
 
@@ -285,8 +293,15 @@ def test_the_twin_refuses_what_does_not_fit():
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [
+        ("lstm", 1),
+        ("qrnn", 4),
+        pytest.param("lstm", 4, marks=pytest.mark.slow),
+        pytest.param("qrnn", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_padding_changes_nothing(kind, length):
     """Neither outputs up to there nor states, loss and gradients; length 1: no TAR."""
     graph, params = build(kind)
@@ -307,8 +322,15 @@ def test_padding_changes_nothing(kind, length):
         assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    [
+        ("lstm", 1),
+        ("qrnn", 3),
+        pytest.param("lstm", 3, marks=pytest.mark.slow),
+        pytest.param("qrnn", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_two_chunks_are_one(kind, cut):
     graph, params = build(kind)
     x, state = TEXT[:TIME], initial_state(graph, params)
@@ -392,10 +414,8 @@ def test_masks_without_dropout_are_ones_and_do_nothing():
 def test_every_mask_is_another_and_comes_from_the_key():
     sizes = WORDS, 20, 20, 3  # all widths the same: so are the shapes
     net = AWD(*sizes, rngs=nnx.Rngs(0))
-    one, same, other = (
-        draw_masks(jax.random.key(seed), net, Rates(*[0.5] * 5), BATCH)
-        for seed in (0, 0, 1)
-    )
+    draw = jax.jit(lambda key: draw_masks(key, net, Rates(*[0.5] * 5), BATCH))
+    one, same, other = (draw(jax.random.key(seed)) for seed in (0, 0, 1))
     for a, b, c in zip(*map(jax.tree.leaves, (one, same, other)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert (a != c).any()
@@ -517,12 +537,12 @@ def test_cross_entropy_is_the_dense_one(shape, chunk):
     def theirs(*args):
         return -3.7 * dense(*args, targets, weights)
 
-    close(jax.jit(ours)(*args), theirs(*args), 1e-12)  # no gradient wanted
-    close(
-        jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(*args),
-        jax.value_and_grad(theirs, (0, 1, 2))(*args),
-        1e-12,
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*args) for f in (ours, theirs)
     )
+    close(found, expected, 1e-12)
+    if shape == (4, 3):
+        close(jax.jit(ours)(*args), expected[0], 1e-12)  # without a gradient
 
 
 def test_cross_entropy_of_large_logits():

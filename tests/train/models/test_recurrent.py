@@ -15,7 +15,7 @@ from jax.experimental import rnn
 from train.models import recurrent
 from train.models.recurrent import forget_mult, lstm
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "fast_compile")
 
 RECURRENCES = ("sequential", "parallel", "auto")
 

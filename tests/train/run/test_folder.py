@@ -232,7 +232,7 @@ def test_a_finished_run_of_an_earlier_version_is_opened(tmp_path):
 
 def test_an_unfinished_run_of_an_earlier_version_is_refused(tmp_path):
     run = published(tmp_path, seeds=99)
-    with pytest.raises(ValueError, match="unfinished run in format 1.*cannot resume"):
+    with pytest.raises(ValueError, match="earlier version .format 1, now 2., whose"):
         run.__enter__()
     with exclusive(run.folder):  # is free again
         pass

@@ -1,0 +1,126 @@
+"""Weight decay: decoupled, as L2 in the gradient, normalised by the run's length."""
+
+import math
+
+from .._checks import check_scalar
+from .._transformation import Transformation
+from .._tree import ScalarOrSchedule
+from ..masks import Mask
+from .scaling import scheduled
+
+
+def add_decayed_weights(
+    weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None
+) -> Transformation:
+    r"""Decoupled weight decay: $u \leftarrow u + \lambda p$, behind the moments.
+
+    Put behind `scale_by_adam` and before the learning rate, it makes
+    $p \leftarrow p - \eta_t (u_t + \lambda p)$: **the decay is multiplied by the
+    learning rate**, as in fast.ai, PyTorch and Optax, unlike Loshchilov and Hutter,
+    whose decay is scaled by the schedule multiplier only (`decay_scale="schedule"` of
+    :func:`adamw_jax.adamw`). It is one rounded addition: PyTorch's
+    $p (1 - \eta\lambda)$ rounds p once more per step, with a bias.
+
+    Args:
+        weight_decay: $\lambda \ge 0$: a number, a traced scalar or a schedule of the
+            step.
+        mask: which leaves decay: a tree of bools (or a prefix of one), or a callable
+            from params to such a tree, as :func:`adamw_jax.mask_by_path` and
+            :func:`adamw_jax.no_decay_on_bias_and_norm`. None: all.
+
+    Returns:
+        A transformation; `update` needs `params`.
+
+    Raises:
+        TypeError, ValueError: a negative or NaN decay, a mask of another structure
+            than the parameters (with the path where they differ), `update` without
+            `params`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = add_decayed_weights(0.1, mask={"kernel": True, "bias": False})
+        >>> params = {"kernel": jnp.array(2.0), "bias": jnp.array(2.0)}
+        >>> zeros = {"kernel": jnp.array(0.0), "bias": jnp.array(0.0)}
+        >>> updates, _ = tx.update(zeros, tx.init(params), params)
+        >>> print(f"{updates['kernel']:.1f} {updates['bias']:.1f}")
+        0.2 0.0
+
+    References:
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+        <https://arxiv.org/abs/1711.05101>`_, 2019.
+    """
+    check_scalar("weight_decay", weight_decay, schedule=True)
+    return scheduled(
+        weight_decay,
+        lambda wd, u, p: u + wd * p,
+        mask,
+        arguments={"weight_decay": weight_decay, "mask": mask},
+    )
+
+
+def add_l2_gradient(l2: ScalarOrSchedule = 0.0, mask: Mask = None) -> Transformation:
+    r"""L2 regularisation: $g \leftarrow g + \lambda p$, in front of the moments.
+
+    The gradient of $\frac\lambda2 \lVert p \rVert^2$ (no factor 2), what PyTorch's
+    `Adam(weight_decay=)` and fastai's `wd_loss=True` do. Adam then divides it by the
+    root of the second moment as well, so weights with large gradients decay less:
+    this is what decoupling removes. For SGD the two are equal up to the schedule.
+
+    Args:
+        l2: $\lambda \ge 0$: a number, a traced scalar or a schedule of the step.
+        mask: as in :func:`add_decayed_weights`.
+
+    Returns:
+        A transformation; `update` needs `params`.
+
+    Raises:
+        TypeError, ValueError: as :func:`add_decayed_weights`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from adamw_jax import scale_by_adam
+        >>> tx = optax.chain(add_l2_gradient(0.1), scale_by_adam())
+        >>> params = jnp.array([2.0, -3.0])
+        >>> updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
+        >>> [f"{u:.4f}" for u in updates]  # Adam's first step is a sign
+        ['1.0000', '-1.0000']
+    """
+    check_scalar("l2", l2, schedule=True)
+    return scheduled(l2, lambda wd, u, p: u + wd * p, mask)
+
+
+def normalized_weight_decay(
+    norm: float, batch_size: float, num_examples: float, epochs: float
+) -> float:
+    r"""Loshchilov and Hutter's normalised decay, $\lambda_{norm} \sqrt{b / (B T)}$.
+
+    The decay per step that stays optimal when the length of training changes. It is
+    the decay of `decay_scale="schedule"`, which no learning rate multiplies; divide
+    by the peak learning rate for PyTorch's convention.
+
+    Args:
+        norm: $\lambda_{norm}$; the paper's best on CIFAR-10 is .025 to .05.
+        batch_size: b, in examples.
+        num_examples: B, in the training set.
+        epochs: T, of the run, or of the current restart.
+
+    Returns:
+        The weight decay, a float.
+
+    Raises:
+        ValueError: a negative norm, or another argument that is not positive.
+
+    Example:
+        >>> print(f"{normalized_weight_decay(0.025, 128, 50_000, epochs=100):.3e}")
+        1.265e-04
+
+    References:
+        Loshchilov and Hutter, 2019, section 4 and appendix B.1.
+    """
+    check_scalar("norm", norm)
+    sizes = {"batch_size": batch_size, "num_examples": num_examples, "epochs": epochs}
+    for name, value in sizes.items():
+        check_scalar(name, value)
+        if value == 0:
+            raise ValueError(f"{name} must be > 0, got {value!r}")
+    return norm * math.sqrt(batch_size / (num_examples * epochs))

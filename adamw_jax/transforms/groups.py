@@ -1,0 +1,174 @@
+"""Groups of leaves: learning rates of their own, or none at all."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._checks import check_scalar, need_params
+from .._transformation import Transformation, step_with_factor
+from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
+from ..apply import describe_step
+from ..masks import Mask, resolve_mask
+
+
+def scale_by_group(
+    multipliers: Mapping[str, Any], labels: Any
+) -> optax.GradientTransformation:
+    r"""Discriminative learning rates: one multiplier for each labelled group.
+
+    $u \leftarrow k_{label} u$. Put it **behind** the optimizer: there it multiplies
+    the learning rate of the group, and with it the decoupled decay, as PyTorch's
+    parameter groups and fastai's layer groups do. In front of Adam it would do
+    nothing, since Adam divides a constant factor out again.
+
+    Args:
+        multipliers: from label to a number >= 0 or a traced scalar.
+        labels: a tree of labels (or a prefix), or a function from params to one, as
+            :func:`labels_by_path`.
+
+    Returns:
+        A transformation.
+
+    Raises:
+        ValueError: a negative multiplier; at `init` a leaf whose label has no
+            multiplier, or a multiplier that no leaf uses.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from adamw_jax import adamw, labels_by_path
+        >>> tx = optax.chain(
+        ...     adamw(3e-3),
+        ...     scale_by_group({"body": 1 / 9, "head": 1.0},
+        ...                    labels_by_path({"body": "^layer", "head": "^head"})))
+        >>> params = {"layer1": jnp.zeros(1), "head": jnp.zeros(1)}
+        >>> grads = {"layer1": jnp.ones(1), "head": jnp.ones(1)}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> print(f"{updates['layer1'][0]:.6f} {updates['head'][0]:.6f}")
+        -0.000333 -0.003000
+
+    References:
+        Howard and Ruder, `Universal Language Model Fine-tuning
+        <https://arxiv.org/abs/1801.06146>`_, 2018.
+    """
+    for name, value in multipliers.items():
+        check_scalar(f"multipliers[{name!r}]", value)
+
+    def resolve(params):
+        tree = on_leaves("labels", lambda p: broadcast("labels", labels, p))(params)
+        for path, label in jax.tree_util.tree_leaves_with_path(tree):
+            if label not in multipliers:
+                raise ValueError(
+                    f"leaf {path_string(path)} has the label {label!r}, but there are "
+                    f"multipliers for {', '.join(multipliers)} only"
+                )
+        return tree
+
+    def init(params):
+        used = set(jax.tree.leaves(resolve(params)))
+        if used and (unused := set(multipliers) - used):
+            raise ValueError(f"no leaf has the label {', '.join(sorted(unused))}")
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        tree = resolve(updates if params is None else params)
+        flat_labels = leaves_like(updates, "params", tree)
+
+        def leaf(i, u):
+            return (jnp.asarray(multipliers[flat_labels[i]], u.dtype) * u,)
+
+        return map_leaves(leaf, updates, {}, carried=0)[0], state
+
+    return optax.GradientTransformation(init, update)
+
+
+class FreezeState(NamedTuple):
+    """The state of the inner transformation, which knows the trained leaves only."""
+
+    inner_state: optax.OptState
+
+
+def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transformation:
+    """Trains only the leaves that the mask does not select.
+
+    The inner transformation never sees the frozen leaves: they have no moments, take
+    no part in a global norm, and their parameters do not change by one bit. To
+    unfreeze, build a new optimizer, as fast.ai does between its two stages.
+
+    Unlike `optax.freeze(mask)`, which only zeroes updates, and
+    `optax.selective_transform`, this keeps :func:`adamw_jax.update_and_apply` on the
+    fast way: it has a `step` if `inner` has.
+
+    Args:
+        inner: the optimizer of the other leaves.
+        mask: True where frozen, such as :func:`adamw_jax.mask_by_path`.
+
+    Returns:
+        A transformation whose updates are zero at the frozen leaves.
+
+    Raises:
+        ValueError: the mask does not have the structure of the parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from adamw_jax import adamw, mask_by_path
+        >>> tx = freeze_leaves(adamw(1e-3), mask_by_path("^body/"))
+        >>> params = {"body": {"w": jnp.ones(2)}, "head": {"w": jnp.ones(2)}}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(params, state, params)
+        >>> print(updates["body"]["w"] + 0, updates["head"]["w"])
+        [0. 0.] [-0.0010001 -0.0010001]
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def hide(tree, frozen):
+        # An empty node, as in optax.masked: no transformation sees a leaf there.
+        return jax.tree.map(
+            lambda f, x: optax.MaskedNode() if f else x, frozen, tree, is_leaf=is_none
+        )
+
+    def init(params):
+        return FreezeState(inner.init(hide(params, resolve_mask(mask, params))))
+
+    def update(updates, state, params=None, **extra_args) -> tuple[Any, FreezeState]:
+        frozen = resolve_mask(mask, updates if params is None else params)
+        new, inner_state = inner.update(
+            hide(updates, frozen),
+            state.inner_state,
+            None if params is None else hide(params, frozen),
+            **extra_args,
+        )
+
+        def zero(u, new_u):
+            if u is None or not isinstance(new_u, optax.MaskedNode):
+                return None if u is None else new_u
+            # -0.0, the neutral element: -0.0 + 0.0 would flip the sign of a zero.
+            return jnp.full_like(u, -0.0)
+
+        # Up to the leaves of the updates, so that a MaskedNode counts as one.
+        new = jax.tree.map(zero, updates, new, is_leaf=is_none)
+        return new, FreezeState(inner_state)
+
+    def step(grads, state, params, *, factor=None, **extra_args):
+        need_params(params)
+        frozen = resolve_mask(mask, params)
+        new, inner_state = step_with_factor(
+            inner,
+            hide(grads, frozen),
+            state.inner_state,
+            hide(params, frozen),
+            factor,
+            **extra_args,
+        )
+        new = jax.tree.map(lambda f, p, q: p if f else q, frozen, params, new)
+        return new, FreezeState(inner_state)
+
+    def describe(params):
+        if params is not None:
+            params = hide(params, resolve_mask(mask, params))
+        return describe_step(inner, params)
+
+    can = {"step": step} if hasattr(inner, "step") else {}
+    return Transformation(init, update, describe_step=describe, **can)

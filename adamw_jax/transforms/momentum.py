@@ -1,0 +1,91 @@
+"""Momentum, the one moment of SGD."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._checks import check_scalar, check_storage_dtype
+from .._tree import (
+    ScalarOrSchedule,
+    compute_dtype,
+    increment,
+    map_leaves,
+    zeros_like_params,
+)
+
+
+class TraceState(NamedTuple):
+    """The momentum buffer; with a scheduled decay, the step that the schedule is at."""
+
+    trace: optax.Updates  # like params; accumulator_dtype
+    step: jax.Array | None = None  # int32 []
+
+
+def trace(
+    decay: ScalarOrSchedule,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+    *,
+    dampened: bool = False,
+) -> optax.GradientTransformation:
+    r"""Momentum, $b_t = \mu b_{t-1} + g_t$; dampened, $\mu b_{t-1} + (1-\mu) g_t$.
+
+    The update is $b_t$, with `nesterov` $g_t + \mu b_t$ (dampened:
+    $(1-\mu) g_t + \mu b_t$). The dampened form is the moving average in which the
+    article writes SGD: its step does not grow as $1/(1-\mu)$ with the momentum, so a
+    learning rate for one form is not one for the other. The buffer starts at zero in
+    both; PyTorch's `dampening` leaves the first gradient undampened.
+
+    Args:
+        decay: $\mu$ in [0, 1): a number, a traced scalar or a schedule of the step.
+        nesterov: look one step ahead.
+        accumulator_dtype: storage of the buffer; None: the parameters', at least
+            float32.
+        dampened: take the moving average.
+
+    Returns:
+        A transformation whose updates are float32 (float64 for float64 gradients).
+
+    Raises:
+        TypeError, ValueError: as :func:`scale_by_adam`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = trace(0.5)
+        >>> state = tx.init(jnp.zeros(1))
+        >>> for _ in range(3):
+        ...     u, state = tx.update(jnp.ones(1), state)
+        >>> float(u[0])
+        1.75
+
+    References:
+        Sutskever et al., `On the importance of initialization and momentum in deep
+        learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
+    """
+    check_scalar("decay", decay, below=1, schedule=True)
+    check_storage_dtype("accumulator_dtype", accumulator_dtype)
+
+    def init(params: Any) -> Any:
+        step = jnp.zeros([], jnp.int32) if callable(decay) else None
+        return TraceState(zeros_like_params(params, accumulator_dtype), step)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        mu = decay(state.step) if callable(decay) else decay
+
+        def leaf(_, g, buffer):
+            g = g.astype(compute_dtype(g.dtype))
+            factor = jnp.asarray(mu, g.dtype)
+            g = (1 - factor) * g if dampened else g
+            new = factor * buffer.astype(g.dtype) + g
+            return g + factor * new if nesterov else new, new.astype(buffer.dtype)
+
+        updates, new = map_leaves(
+            leaf, updates, {"state.trace": state.trace}, carried=1
+        )
+        step = None if state.step is None else increment(state.step)
+        return updates, TraceState(new, step)
+
+    return optax.GradientTransformation(init, update)

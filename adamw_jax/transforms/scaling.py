@@ -1,0 +1,96 @@
+"""The learning rate, and what any scheduled scalar does to every leaf."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._checks import check_scalar, need_params
+from .._transformation import Transformation
+from .._tree import ScalarOrSchedule, compute_dtype, increment, map_leaves
+from ..masks import Mask, leaf_flags, resolve_mask
+
+
+class ScheduleState(NamedTuple):
+    """The step of a transformation whose value is a schedule."""
+
+    step: jax.Array  # int32 []
+
+
+def scheduled(
+    value: ScalarOrSchedule,
+    rule: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    mask: Mask = None,
+    *,
+    needs_params: bool = True,
+    arguments: Mapping[str, Any] | None = None,
+) -> Transformation:
+    """Applies `rule(value, update, parameter)` to every leaf that the mask selects."""
+
+    def init(params: Any) -> Any:
+        resolve_mask(mask, params)  # a mask that does not fit is refused here already
+        if callable(value):
+            return ScheduleState(jnp.zeros([], jnp.int32))
+        return optax.EmptyState()
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del extra_args
+        if needs_params:
+            need_params(params)
+        current = value(state.step) if callable(value) else value
+        selected = None if mask is None else leaf_flags(mask, params, updates)
+
+        def leaf(i, u, p=None):
+            u = u.astype(compute_dtype(u.dtype))
+            if selected is not None and not selected[i]:
+                return (u,)
+            p = p if p is None else p.astype(u.dtype)
+            return (rule(jnp.asarray(current, u.dtype), u, p),)
+
+        trees = {"params": params} if needs_params else {}
+        (updates,) = map_leaves(leaf, updates, trees, carried=0)
+        if callable(value):
+            state = ScheduleState(increment(state.step))
+        return updates, state
+
+    return Transformation(init, update, arguments=arguments or {})
+
+
+def scale_by_learning_rate(
+    learning_rate: ScalarOrSchedule, *, flip_sign: bool = True
+) -> Transformation:
+    r"""$u \leftarrow -\eta_t u$: the last link of a chain that descends.
+
+    As Optax's; its scalar takes the dtype of each leaf, so that a float64 schedule
+    does not promote float32 updates.
+
+    Args:
+        learning_rate: $\eta \ge 0$: a number, a traced scalar or a schedule of the
+            step.
+        flip_sign: False keeps the sign. To maximise with a decay that still shrinks,
+            use `maximize=True` of the optimizers instead.
+
+    Returns:
+        A transformation.
+
+    Raises:
+        TypeError, ValueError: a negative, NaN or infinite rate.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = scale_by_learning_rate(0.5)
+        >>> print(tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)))[0])
+        -1.0
+    """
+    check_scalar("learning_rate", learning_rate, schedule=True)
+    sign = -1 if flip_sign else 1
+    return scheduled(
+        learning_rate,
+        lambda lr, u, p: sign * lr * u,
+        needs_params=False,
+        arguments={"learning_rate": learning_rate},
+    )
