@@ -49,7 +49,7 @@ sys.path.insert(0, str(root))
 from PIL import Image
 
 from train import cars
-from train.data import pictures as images
+from train.data import pictures
 from train.run import devices
 
 devices.use_compilation_cache()
@@ -117,7 +117,7 @@ display(*(Image.open(path) for path in sorted(run.glob("*.png"))))
 # **Predict.** Here it is one of the pictures held out; yours is `Path("photo.jpg")`.
 
 # %%
-photo = images.read(data_dir).valid.paths[0]
+photo = pictures.read(data_dir).valid.paths[0]
 found = cars.predict(cars.Predict((photo,), run / "model-0.safetensors"))
 
 # %% [markdown]
