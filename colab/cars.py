@@ -56,7 +56,7 @@ devices.use_compilation_cache()
 
 # %% [markdown]
 # **Settings.** The epochs are the article's: 20 of the head alone and 40 of all. Its
-# batches are of 128 images; there cannot be more in one than there are to train on, and
+# batches are of 128 images. A batch cannot exceed the number of training images, and
 # if the device runs out of memory, try fewer. Other pictures or settings need another
 # `run`, the folder of the results.
 
