@@ -49,10 +49,8 @@ sys.path.insert(0, str(root))
 from PIL import Image
 
 from train import cars
-from train.data import pictures
-from train.run import devices
 
-devices.use_compilation_cache()
+cars.devices.use_compilation_cache()
 
 # %% [markdown]
 # **Settings.** The epochs are the article's: 20 of the head alone and 40 of all. Its
@@ -117,7 +115,7 @@ display(*(Image.open(path) for path in sorted(run.glob("*.png"))))
 # **Predict.** Here it is one of the pictures held out; yours is `Path("photo.jpg")`.
 
 # %%
-photo = pictures.read(data_dir).valid.paths[0]
+photo = cars.pictures.read(data_dir).valid.paths[0]
 found = cars.predict(cars.Predict((photo,), run / "model-0.safetensors"))
 
 # %% [markdown]
