@@ -229,6 +229,7 @@ def test_steps_in_an_exported_model(finished):
     assert tensors["bn1.num_batches_tracked"] == 12
 
 
+@pytest.mark.slow
 def test_it_learns(folder, tmp_path):
     """Three colours, from random weights."""
     options = {"epochs": 12, "learning_rate": 1e-2, "batch_size": 12}
@@ -256,6 +257,7 @@ def test_own_model_as_weights(finished, folder, tmp_path):
     assert results["weights"] == "run/model-0.safetensors"
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_results(finished, folder, body, tmp_path):
     _, out = run(folder, tmp_path, workers=0, weights=body, **STAGES)
     assert untimed(out) == untimed(finished[1])
@@ -293,7 +295,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    "after", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3, 4]
+    "after", [*(pytest.param(n, marks=slow) for n in (1, 2, 3)), 4]
 )
 def test_a_killed_run_ends_with_the_same_bits(
     finished, folder, body, tmp_path, monkeypatch, after

@@ -386,6 +386,7 @@ def test_twenty_steps_of_the_program_are_those_of_pytorch(model, variant):
     assert max(norms) > config.clip  # there was something to clip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["lstm", pytest.param("qrnn", marks=pytest.mark.slow)]
 )
@@ -429,6 +430,7 @@ def test_products_in_bfloat16():
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_average_is_the_mean_of_what_came_after_it_began():
     config = dataclasses.replace(TINY, **SALESFORCE, average_after=5, lengths=1)
     programs, train = program_of(config)
