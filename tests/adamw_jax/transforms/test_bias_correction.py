@@ -6,9 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from reference import trajectory
+from inputs import run
 from tiers import matrix
 
 import adamw_jax as aj
@@ -17,26 +16,6 @@ from adamw_jax.transforms.bias_correction import (
     beta_at,
     init_log_product,
 )
-
-rng = np.random.default_rng(1)
-
-
-P0 = 0.25 * rng.normal(size=20)
-
-
-GRADS = rng.normal(size=(60, 20))
-
-
-GRADS[0] *= 10
-
-
-def run(tx, p0=P0, grads=GRADS, dtype=jnp.float64, learning_rate=None):
-    """Parameters after every step of a jitted loop over the given gradients."""
-    if learning_rate is not None:
-        tx = optax.chain(tx, aj.scale_by_learning_rate(learning_rate))
-
-    loop = jax.jit(functools.partial(trajectory, tx))
-    return np.asarray(loop(jnp.asarray(p0, dtype), jnp.asarray(grads, dtype)))
 
 
 @pytest.mark.parametrize(
