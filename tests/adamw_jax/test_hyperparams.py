@@ -119,9 +119,12 @@ def test_one_nan_in_a_schedule_does_not_stick(name, jit):
             aj.adamw(table), lambda s: jnp.int32(1 + 0 * int(table(s)))
         ),
     ],
+    ids=["sgd", "momentum", "adamw", "amsgrad", "adam", "accumulated"],
 )
 @pytest.mark.parametrize(
-    "apply", [aj.update_and_apply, lambda tx, *args: tx.update(*args)]
+    "apply",
+    [aj.update_and_apply, lambda tx, *args: tx.update(*args)],
+    ids=["update_and_apply", "update"],
 )
 def test_a_table_of_n_entries_survives_n_eager_steps(make, apply):
     reads, table = [], [0.5, 0.25, 0.125, 0.0625]

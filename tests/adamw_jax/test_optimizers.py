@@ -400,6 +400,7 @@ MASKED = [
         aj.mask_by(lambda path, leaf: np.ndim(leaf) > 1),
         lambda params: jax.tree.map(lambda x: jnp.ndim(x) == 0, params),
     ],
+    ids=["False", "mask_by", "True"],
 )
 @pytest.mark.parametrize(("make", "decay"), MASKED)
 def test_an_injected_mask_is_refused(make, decay, mask, lenient):

@@ -831,6 +831,33 @@ def test_current_values():
     )
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_values_of_the_next_step(scheduled):
+    """With tx those of its schedules and overrides; without it those of the state."""
+    params = {"w": jnp.zeros(2)}
+    cycle = aj.one_cycle(1e-2, steps=10)
+    tx = aj.adamw(cycle if scheduled else 1e-2)
+    groups = one(["w"])["param_groups"]
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+
+    def export(state, **options):
+        (group,) = aj.to_torch_state_dict(
+            state, params, groups, names=["w"], **options
+        )["param_groups"]
+        return {"learning_rate": group["lr"], "b1": group["betas"][0]}
+
+    def values(step):
+        return cycle.at(step) if scheduled else {"learning_rate": 1e-2, "b1": 0.9}
+
+    assert export(state) == pytest.approx(values(3), rel=1e-6)
+    assert export(state, tx=tx) == pytest.approx(values(4), rel=1e-6)
+    state = aj.override_hyperparams(state, learning_rate=0.5)
+    for options in ({}, {"tx": tx}):
+        assert export(state, **options)["learning_rate"] == 0.5
+
+
 def test_an_override_survives():
     params = {"w": jnp.zeros(2)}
     state = aj.override_hyperparams(aj.adamw(1e-3).init(params), learning_rate=0.125)
@@ -1033,6 +1060,9 @@ REFUSED_BACK = {
     ),
     "state mini_step: is of a transformation": lambda: to_torch(
         optax.MultiSteps(aj.adamw(1.0), 2), ADAMW
+    ),
+    "tx must be given, because a scheduler": lambda: to_torch(
+        aj.adamw(1.0), of_group(initial_lr=1.0)["param_groups"]
     ),
     "layout does not undo itself for shape": lambda: to_torch(
         aj.adamw(1.0), ADAMW, layout=aj.Layout(lambda p, a: a[::-1], lambda p, a: a)
