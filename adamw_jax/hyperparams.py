@@ -33,9 +33,10 @@ class HyperparamsState(NamedTuple):
 
     step: jax.Array  # int32 []: updates done; the one counter of all schedules
     hyperparams: dict[str, jax.Array]  # float32 [] each (float64 with float64 params)
-    # The last two by sorted name; tuples, so that optax.tree.get finds each name once.
-    last_values: tuple[jax.Array, ...]  # those of the numbers and schedules; without
-    # an override they equal hyperparams, so a difference is an edit by hand
+    # Two tuples by sorted name, so that optax.tree.get finds each name once. The first
+    # has what numbers and schedules gave to the last update, or what an override set:
+    # a difference to hyperparams is an edit by hand, unless there is an override.
+    last_values: tuple[jax.Array, ...]
     overridden: tuple[jax.Array, ...]  # int32 [] each: not 0 ignores the schedule
     inner_state: optax.OptState
 
@@ -94,6 +95,7 @@ def with_hyperparams(
         ValueError: the phases set a hyperparameter that is not named here, or do not
             set the one under which they were passed. Errors of the factory are raised
             at once.
+        TypeError: b1, b2 or momentum is an array narrower than float32.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -115,7 +117,13 @@ def with_hyperparams(
     names = sorted(schedules)
     # Called with the values of step 0, so that bad arguments are refused at once.
     example = factory(**{name: _first_value(x) for name, x in schedules.items()})
-
+    for name, x in schedules.items():
+        if name in _BETAS and isinstance(x, jax.Array) and _is_narrow(x):
+            raise TypeError(
+                f"{name} must be a float32 or float64 array, got {x.dtype}, in which "
+                ".999 is 1; to optax.inject_hyperparams pass hyperparam_dtype"
+            )
+    # Arrays may be other ones when the transformation is built again.
     follows = tuple(isinstance(schedules[name], jax.Array) for name in names)
 
     def scheduled_values(step, dtype):
@@ -352,9 +360,8 @@ def _values_in_force(scheduled, hyperparams, last_values, overridden, names, fol
         hold = (flag != 0) | edited
         value = jnp.where(hold, _widen(name, old, new.dtype), new)
         # The dtypes of the state that was passed, for lax.scan.
+        flag = flag if follow else hold.astype(flag.dtype)
         columns.append((value, value.astype(last.dtype), new.astype(last.dtype), flag))
-        if not follow:
-            columns[-1] = (*columns[-1][:3], hold.astype(flag.dtype))
     return tuple(zip(*columns, strict=True))
 
 
@@ -363,10 +370,14 @@ _BETAS = ("b1", "b2", "momentum")
 
 def _widen(name: str, value: jax.Array, dtype: Any) -> jax.Array:
     """Casts a stored value, undoing that bfloat16 rounds a beta of .999 to 1."""
-    wide, narrow = value.astype(dtype), value.dtype in (jnp.bfloat16, jnp.float16)
-    if name in _BETAS and narrow:
+    wide = value.astype(dtype)
+    if name in _BETAS and _is_narrow(value):
         wide = jnp.minimum(wide, 1 - float(jnp.finfo(value.dtype).epsneg))
     return wide
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
 
 
 def _differ(value: jax.Array, other: jax.Array) -> jax.Array:

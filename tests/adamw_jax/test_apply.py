@@ -39,7 +39,7 @@ def test_any_object_with_a_step(lenient):
     ids=["adamw", "chain", "freeze", "accumulate", "optax"],
 )
 def test_it_traces_once(wrap):
-    """One evaluation of the schedule before the update, one for the state after it."""
+    """And evaluates the schedule once."""
     seen = []
 
     def schedule(step):
@@ -56,7 +56,7 @@ def test_it_traces_once(wrap):
     for _ in range(3):
         params, state = step(PARAMS, state, PARAMS)
     chex.assert_tree_all_finite(params)
-    assert len(seen) == 2
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: aj.chain(tx)])

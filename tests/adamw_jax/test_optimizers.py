@@ -384,6 +384,30 @@ def test_an_injected_schedule(x64, lenient):
     np.testing.assert_allclose(*paths, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_injected_hyperparams_of_bfloat16_parameters(jit, lenient):
+    """Optax casts them to the dtype of the parameters, unless it is told another."""
+    p = jnp.ones(3, jnp.bfloat16)
+    tx = optax.inject_hyperparams(aj.adamw)(1e-2, weight_decay=0.0)
+    init = jax.jit(tx.init) if jit else tx.init
+    with pytest.raises((TypeError, ValueError), match="b[12] must be"):
+        init(p)
+    tx = optax.inject_hyperparams(aj.adamw, hyperparam_dtype=jnp.float32)(
+        1e-2, weight_decay=0.0
+    )
+    updates, _ = tx.update(p, tx.init(p), p)
+    np.testing.assert_allclose(updates, -1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "amsgrad", "sgd", "momentum"])
+def test_injected_hyperparams_without_params(name, lenient):
+    ours, _, options = INJECTED[name]
+    tx = optax.inject_hyperparams(ours)(1e-2, **options)
+    updates, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    np.testing.assert_allclose(updates, -1e-2, rtol=1e-5)
+    assert not {"l2", "weight_decay"} & set(state.hyperparams)
+
+
 MASKED = [
     (aj.adam, "l2"),
     (aj.adamw, "weight_decay"),
