@@ -483,6 +483,7 @@ def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+@pytest.mark.slow
 @examples(25, derandomize=True)
 @given(
     trees.filter(lambda tree: tree is not None),

@@ -87,6 +87,7 @@ def test_page(finished):
     assert page.rstrip().endswith(f"**{read_results(folder)['finding']}**")
 
 
+@pytest.mark.slow
 def test_a_folder_is_overwritten_only_on_request(finished, two_optimizers):
     """With two of the optimizers and in other chunks, which changes no number."""
     folder, _ = finished

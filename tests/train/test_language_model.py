@@ -519,6 +519,7 @@ def test_bad_text_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_shortest_text(run, tmp_path):
     """A word and the end of its line to judge by: one token to predict."""
     folder = write_text(tmp_path / "text")

@@ -127,6 +127,7 @@ def adam_l2(w, g, k, state, b1=0.8, b2=0.99):
     return m / (np.sqrt(v) + 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "update", "max_norm"),
     [
@@ -227,6 +228,7 @@ def test_the_recipe_of_an_optimizer(model, optimizer, decays):
     assert (own.width, own.bptt) == (7, settings.bptt)
 
 
+@pytest.mark.slow
 def test_the_command_for_language_models(tmp_path, text_dir, capsys, lenient):
     options = TINY | {
         "data-dir": text_dir, "model": "qrnn", "optimizer": "adamw", "steps": 40,

@@ -128,6 +128,7 @@ def test_the_whole_job(copy, capsys):
     assert ["no", "cache", *both] in rows
 
 
+@pytest.mark.slow
 def test_the_pointer_is_that_of_the_run(copy):
     """Salesforce's is used only where there are as many pairs as in the window."""
     article = tune_cache.main(tune_cache.Config(copy, **GRID))
@@ -141,6 +142,7 @@ def test_the_pointer_is_that_of_the_run(copy):
         assert theirs[split]["tuned"] == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_the_edge_of_the_grid_is_told(copy, capsys):
     low = {"windows": (20,), "thetas": (0.5,), "lambdas": (0.001, 0.002)}
     results = tune_cache.main(tune_cache.Config(copy, **low))
@@ -199,6 +201,7 @@ def test_segments_are_put_together(run, monkeypatch):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_of_another_grid_is_lost(copy):
     config = tune_cache.Config(copy, **GRID)
     before = tune_cache.main(config)

@@ -118,6 +118,7 @@ def test_other_rules_go_the_ordinary_way(options):
     assert_close(*(trajectory(way, tx, PARAMS, GRADS[:3]) for way in WAYS), ulps=0)
 
 
+@pytest.mark.slow
 def test_random_rounding_goes_the_ordinary_way():
     """The same bits are drawn."""
     tx = aj.adamw(0.01, mu_dtype="bfloat16", nu_dtype="bfloat16")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
+from tiers import matrix
 
 import adamw_jax as aj
 
@@ -79,8 +80,13 @@ def squares(p, x, y):
 
 
 @both_ways
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("mean", [True, False], ids=["mean", "sum"])
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    matrix(
+        list(itertools.product(OPTIMIZERS, (True, False))),
+        quick=[("adamw", True), ("adamw", False)],
+    ),
+)
 def test_equal_to_the_large_batch(x64, lenient, step, name, mean):
     """With unequal micro-batches: of means, weighted by examples, or of sums."""
     inner = OPTIMIZERS[name]()

@@ -651,6 +651,7 @@ SHARDED = [  # shape, axes of the parameter that are sharded, kind of the mesh's
 QUICK_SHARDED = [((64, 512), (None, "x"), "Explicit")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "spec", "kind"), matrix(SHARDED, quick=QUICK_SHARDED)
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiers import matrix
 
 from train.evals import neural_cache
 from train.evals.neural_cache import (
@@ -95,8 +96,11 @@ def ours(states, targets, vocab, theta, lambda_, window, chunk, convention, bloc
 @pytest.mark.parametrize("convention", LOOPS)
 @pytest.mark.parametrize(
     ("window", "chunk", "block"),
-    [(37, 100, 64), (37, 100, 256), (37, 100, 1), (37, 20, 111), (37, 37, 1000)]
-    + [(1, 100, 64), (150, 100, 64), (1000, 100, 64)],
+    matrix(
+        [(37, 100, 64), (37, 100, 256), (37, 100, 1), (37, 20, 111), (37, 37, 1000)]
+        + [(1, 100, 64), (150, 100, 64), (1000, 100, 64)],
+        quick=[(37, 100, 64), (150, 100, 64)],
+    ),
 )
 def test_every_word_has_the_probability_of_a_loop(
     x64, convention, window, chunk, block
@@ -345,7 +349,8 @@ GRID = {"windows": (40, 7, 200), "thetas": (0.0, 0.3), "lambdas": (0.0, 0.2, 1.0
 
 
 @pytest.mark.parametrize("convention", LOOPS)
-@pytest.mark.parametrize("block", [8, 19, 256])  # three pieces, one of 152, one
+# three pieces, one of 152, one
+@pytest.mark.parametrize("block", matrix([8, 19, 256], quick=[19]))
 def test_a_grid_is_that_of_its_points(x64, convention, block):
     states, targets, vocab = text(152)
     states += np.eye(WORDS, 6)[targets]

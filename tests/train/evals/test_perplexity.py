@@ -1,6 +1,7 @@
 """Perplexity against a plain loop: one token after the other, a batch of one."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from tiers import matrix
 
 from train.evals import neural_cache, perplexity
 from train.models import awd
@@ -85,8 +87,10 @@ LENGTHS = (2, 3, 4, 12, 13, 14, SEGMENT, SEGMENT + 1, SEGMENT + 2, 3 * SEGMENT +
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("columns", [1, 3, 7])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "columns"),
+    matrix(list(itertools.product(KINDS, (1, 3, 7))), quick=[("lstm", 3), ("qrnn", 7)]),
+)
 def test_what_a_plain_loop_tells(kind, columns):
     """Texts shorter than the columns, of about a segment, of many."""
     graph, params, expected, _, _ = exact(kind)
@@ -126,7 +130,7 @@ def test_segments_are_in_the_order_of_the_text(kind):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", matrix(list(KINDS), quick=["lstm"]))
 def test_the_state_after_a_segment(kind):
     _, params, _, _, states = exact(kind)
     state = initial_state(*network(kind, False, np.dtype("float64")))
@@ -138,6 +142,7 @@ def test_the_state_after_a_segment(kind):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_memory_takes_more_passes_and_is_as_exact(kind):
@@ -155,8 +160,10 @@ def test_a_long_memory_takes_more_passes_and_is_as_exact(kind):
     assert abs(alone - found[-8:]).max() > 1e-2
 
 
-@pytest.mark.parametrize("remembers", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "remembers"),
+    matrix(list(itertools.product(KINDS, (False, True))), quick=[("lstm", True)]),
+)
 def test_the_default_tolerance(monkeypatch, kind, remembers):
     """Float32 and the sizes of the module: exact to rounding, mostly in few passes."""
     monkeypatch.undo()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from tiers import matrix
 
 import adamw_jax
 from train.models.awd import (
@@ -138,7 +139,7 @@ def test_parameters_of_the_article(kind, width, layers, count):
     assert sum(p.numel() for p in twin.parameters()) == count
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", matrix(list(KINDS), quick=["lstm"]))
 def test_initial_values(kind):
     """Uniform; within 0.1 for the embedding, PyTorch's bounds for the layers."""
     net = AWD(50, 40, 60, 3, kind=kind, rngs=nnx.Rngs(0))
@@ -161,7 +162,7 @@ def test_initial_values(kind):
     [
         ("lstm", True),
         ("qrnn", True),
-        ("lstm", False),
+        pytest.param("lstm", False, marks=pytest.mark.slow),
         pytest.param("qrnn", False, marks=pytest.mark.slow),
     ],
 )
@@ -430,7 +431,7 @@ def ones(graph, params) -> Masks:
     return masks_for(graph, params, 0, Rates(0, 0, 0, 0, 0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", matrix(list(KINDS), quick=["lstm"]))
 def test_dropped_words_vanish_from_the_input_alone(kind):
     graph, params = build(kind)
     state, masks = random_state(graph, params), ones(graph, params)
@@ -523,8 +524,11 @@ def dense(x, embedding, bias, targets, weights):
 
 @pytest.mark.parametrize(
     ("shape", "chunk"),
-    [((12,), chunk) for chunk in (1, 3, 5, 12, 1000)]
-    + [((4, 3), 2), ((4, 3), 3), ((2, 2, 3), 1)],
+    matrix(
+        [((12,), chunk) for chunk in (1, 3, 5, 12, 1000)]
+        + [((4, 3), 2), ((4, 3), 3), ((2, 2, 3), 1)],
+        quick=[((12,), 5), ((4, 3), 2)],
+    ),
 )
 def test_cross_entropy_is_the_dense_one(shape, chunk):
     """Chunks that divide the rows, that do not, and that are more than there are."""

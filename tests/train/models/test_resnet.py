@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiers import matrix
 
 from train.models import pretrained, resnet
 from train.models.resnet import BasicBlock, Bottleneck, Head, ResNet, max_pool
@@ -195,7 +196,7 @@ def _compute_both(case, dtype, frozen):
 
 
 @pytest.fixture(
-    params=[SHALLOW50, SHALLOW18, *map(slow, (RESNET50, RESNET18))], ids=name
+    params=[SHALLOW18, *map(slow, (SHALLOW50, RESNET50, RESNET18))], ids=name
 )
 def double(request):
     return compute_both(request.param, "float64")
@@ -284,7 +285,14 @@ def test_single_precision(case):
         assert distance(ours[name], exact[name]) < limit
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (7, 8), (5, 9), (1, 2), (1, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 8)]
+    + [
+        pytest.param(shape, marks=pytest.mark.slow)
+        for shape in ((8, 8), (5, 9), (1, 2), (1, 1))
+    ],
+)
 def test_max_pool(shape):
     """After a ReLU, so half of the values tie at zero; values and gradients."""
     rng = np.random.default_rng(0)
@@ -305,12 +313,15 @@ def test_max_pool(shape):
 
 @pytest.mark.parametrize(
     ("architecture", "parameters", "features"),
-    [  # torchvision's, less the 1000 classes
-        ("resnet18", 11_689_512 - 513_000, 512),
-        ("resnet34", 21_797_672 - 513_000, 512),
-        ("resnet50", 25_557_032 - 2_049_000, 2048),
-        ("resnet101", 44_549_160 - 2_049_000, 2048),
-    ],
+    matrix(
+        [  # torchvision's, less the 1000 classes
+            ("resnet18", 11_689_512 - 513_000, 512),
+            ("resnet34", 21_797_672 - 513_000, 512),
+            ("resnet50", 25_557_032 - 2_049_000, 2048),
+            ("resnet101", 44_549_160 - 2_049_000, 2048),
+        ],
+        quick=[("resnet18", 11_689_512 - 513_000, 512)],
+    ),
 )
 def test_parameter_counts(architecture, parameters, features):
     net = nnx.eval_shape(lambda: ResNet(architecture, rngs=nnx.Rngs(0)))
@@ -332,6 +343,7 @@ def test_parameter_counts_of_the_article():
     assert sizes == [23_508_032, 2_207_428]
 
 
+@pytest.mark.slow
 def test_initial_values():
     """Normal, not truncated; scaled by fan_out in the body, by fan_in in the head."""
     block = Bottleneck(64, 32, 2, jnp.float32, nnx.Rngs(0))
@@ -356,6 +368,7 @@ def test_initial_values():
         assert not norm.bias[...].any() and not linear.bias[...].any()
 
 
+@pytest.mark.slow
 def test_dropout():
     """Rates of a quarter and a half; the rest is scaled, and the key matters."""
     head = Head(1000, 5, rngs=nnx.Rngs(0))

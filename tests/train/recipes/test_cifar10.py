@@ -235,6 +235,7 @@ def compiled(n_devices):
     return cifar10.compile_programs(programs, x, y, test_x, cifar10.TTA_PASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_epochs_equal_a_plain_loop(n_devices):
     """Split over devices or not: batch norm over all of a batch, no image left out.
@@ -315,6 +316,7 @@ def test_compiled_programs():
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == expected
 
 
+@pytest.mark.slow
 def test_activations_in_bfloat16_and_parameters_in_float32():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     programs = cifar10.build(config, devices.data_mesh(), TRAIN)
@@ -331,7 +333,7 @@ def test_activations_in_bfloat16_and_parameters_in_float32():
     assert dtypes == {"float32"}
 
 
-@pytest.mark.parametrize("augmented", [0, 4])
+@pytest.mark.parametrize("augmented", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_evaluation_equals_a_plain_loop(augmented):
     programs = cifar10.build(TINY, devices.data_mesh(), TRAIN)
     state = jax.jit(programs.initial_state)(0)
