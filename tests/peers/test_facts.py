@@ -240,3 +240,17 @@ def test_the_clipped_gradient_is_written(lenient):
     leaf.grad = grad = torch.ones(2)
     torch.nn.utils.clip_grad_norm_([leaf], 1.0)
     assert leaf.grad is grad and grad[0] < 1
+
+
+def test_the_derivative_of_clipping_at_zero_gradients():
+    def total(clip):
+        return lambda g: clip.update(g, clip.init(g))[0].sum()
+
+    zeros = jnp.zeros(2)
+    assert np.isnan(jax.grad(total(optax.clip_by_global_norm(1.0)))(zeros)).all()
+    ours = jax.grad(total(aj.clip_by_global_norm(1.0)))(zeros)
+    np.testing.assert_array_equal(ours, 1)
+    leaf = torch.zeros(2, requires_grad=True)
+    factor = torch.clamp(1 / (torch.linalg.vector_norm(leaf) + 1e-6), max=1)
+    (factor * leaf).sum().backward()
+    np.testing.assert_array_equal(leaf.grad, 1)
