@@ -85,7 +85,8 @@ def on_leaves(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]
     """Makes a function of trees, such as a mask, see the leaves of a packed tree.
 
     A container that stores several leaves in one array (:class:`adamw_jax.Packed`) has
-    a method `evaluate_on_leaves`, which returns one value per array.
+    a method `evaluate_on_leaves`, which returns one value per array, and a property
+    `tree`, the original tree.
     """
 
     def evaluate(params):
