@@ -45,6 +45,12 @@ def increment(count: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(count))
 
 
+def are_all_none(updates: Any) -> bool:
+    """Whether no leaf has a gradient, so that there is no update to count."""
+    leaves = jax.tree.leaves(updates, is_leaf=is_none)
+    return bool(leaves) and all(leaf is None for leaf in leaves)
+
+
 def zeros_like_params(params: Any, dtype: Any = None) -> Any:
     """Initial moments: zeros in `dtype`, or by default in the compute dtype.
 

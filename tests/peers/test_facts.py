@@ -254,3 +254,12 @@ def test_the_derivative_of_clipping_at_zero_gradients():
     factor = torch.clamp(1 / (torch.linalg.vector_norm(leaf) + 1e-6), max=1)
     (factor * leaf).sum().backward()
     np.testing.assert_array_equal(leaf.grad, 1)
+
+
+def test_pytorchs_count_stands_still_without_a_gradient():
+    p, q = (torch.nn.Parameter(torch.ones(1)) for _ in "pq")
+    opt = torch.optim.AdamW([p, q])
+    for grad in (torch.ones(1), None, torch.ones(1)):
+        p.grad, q.grad = torch.ones(1), grad
+        opt.step()
+    assert float(opt.state[p]["step"]) == 3 and float(opt.state[q]["step"]) == 2
