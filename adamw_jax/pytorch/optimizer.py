@@ -25,7 +25,7 @@ from .names import (
     is_sgd,
     leaf_paths,
     rate_ratio,
-    to_count,
+    step_count,
     torch_parameters,
 )
 from .state import from_torch_state_dict
@@ -61,6 +61,11 @@ def optimizer_from_torch_state_dict(
     had none because it should stay frozen, build the optimizer yourself, with
     :func:`freeze_leaves`, and fill its state with :func:`from_torch_state_dict`.
 
+    The ratio of the learning rates is that of the checkpoint, and stays. Groups whose
+    scheduler has not kept it (`eta_min` above 0, a function for each group: lr /
+    initial_lr differs) are refused. A checkpoint from the first step of such a
+    scheduler does not show it.
+
     `foreach`, `fused`, `capturable` and `differentiable` select implementations of the
     same update and are ignored. `dampening` is supported if it equals the momentum and
     all buffers exist: `sgd(dampened=True)`.
@@ -88,7 +93,8 @@ def optimizer_from_torch_state_dict(
 
     Raises:
         ValueError: as for :func:`from_torch_state_dict`; or a scheduler drove the
-            groups and there is no learning_rate; or the dampening is not supported.
+            groups and there is no learning_rate, or has changed the ratio of their
+            learning rates; or the dampening is not supported.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -116,7 +122,7 @@ def optimizer_from_torch_state_dict(
     kinds = {
         path: _Kind(
             _make_options(parameter.group, decoupled, "b1" in scheduled),
-            to_count(path, parameter.state.get("step", 0), problems),
+            step_count(path, parameter, problems),
         )
         for path, parameter in table.items()
     }

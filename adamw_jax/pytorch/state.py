@@ -39,8 +39,8 @@ from .names import (
     put_array,
     put_number,
     rate_ratio,
+    step_count,
     to_array,
-    to_count,
     to_tensor,
     torch_parameters,
 )
@@ -125,7 +125,8 @@ def from_torch_state_dict(
         ValueError: all mismatches in one message, with the paths of the leaves: a
             parameter without a leaf or a leaf without a parameter; moments that are
             missing, or for which the state has no place; shapes; dtypes that would lose
-            bits; step counts. Or the dict of another optimizer, or no step.
+            bits; step counts that differ or are missing. Or the dict of another
+            optimizer, which may differ only by an option in its groups; or no step.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -153,7 +154,7 @@ def from_torch_state_dict(
             for key, value in parameter.state.items()
             if key != "step" and value is not None
         }
-        counts[path] = to_count(path, parameter.state.get("step", 0), problems)
+        counts[path] = step_count(path, parameter, problems)
     if step is None:
         if any(is_sgd(parameter.group) for parameter in table.values()):
             raise ValueError(
@@ -267,7 +268,8 @@ def to_torch_state_dict(
     Raises:
         ValueError: all mismatches in one message: a leaf with moments but without a
             name; two states for one leaf; groups of another optimizer, or whose
-            `amsgrad` or `momentum` contradicts the moments.
+            `amsgrad` or `momentum` contradicts the moments; or the learning rate has
+            changed, and a scheduler has changed the ratio between the groups.
 
     Example:
         >>> import jax.numpy as jnp
