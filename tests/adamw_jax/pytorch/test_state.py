@@ -421,6 +421,103 @@ def test_parameters_in_no_group_are_frozen(x64):
     assert list(dumped["state"]) == [0, 1]
 
 
+PLAIN_SGD = [
+    {"params": ["fc1.weight"], "weight_decay": 0.3},
+    {"params": ["fc2.weight", "norm.weight"], "weight_decay": 0.1, "lr": LR / 3},
+    {"params": ["fc1.bias", "fc2.bias", "norm.bias"]},
+]
+
+
+def torch_groups(options, **defaults):
+    """A network and SGD with these groups, in which parameters are named."""
+    net = Net()
+    named = dict(net.named_parameters())
+    groups = [
+        group | {"params": [(name, named[name]) for name in group["params"]]}
+        for group in options
+    ]
+    return net, torch.optim.SGD(groups, LR, **defaults)
+
+
+def read_into(net, opt, params, dumped):
+    net.load_state_dict(aj.params_to_torch_state_dict(params, list(net.state_dict())))
+    opt.load_state_dict(dumped)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_sgd_without_momentum_and_several_decays(x64, maximize):
+    """It has no moments that say which leaves a state trains; there and back."""
+    net, opt = torch_groups(PLAIN_SGD, maximize=maximize)
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    there = opt.state_dict()
+    tx, state = aj.optimizer_from_torch_state_dict(there, params, step=BEFORE)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    assert dumped["param_groups"] == there["param_groups"]
+    state = aj.override_hyperparams(state, learning_rate=2 * LR, weight_decay=0.6)
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    decays = [group["weight_decay"] for group in dumped["param_groups"]]
+    assert decays == pytest.approx([0.6, 0.2, 0], rel=1e-14)
+    rates = [group["lr"] for group in dumped["param_groups"]]
+    assert rates == pytest.approx([2 * LR, 2 * LR / 3, 2 * LR], rel=1e-14)
+    net, opt = torch_groups(PLAIN_SGD, maximize=maximize)
+    read_into(net, opt, params, dumped)
+    torch_train(net, opt, None, AFTER)
+    params, _ = jax_train(tx, params, state, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+@pytest.mark.parametrize("form", ["tree", "function"])
+def test_labels_say_what_sgd_without_momentum_trains(x64, form):
+    """An optimizer that a user has built with `optax.partition`."""
+    net, opt = torch_groups(PLAIN_SGD)
+    there = opt.state_dict()
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    labels = aj.labels_by_path(
+        {"a": "fc1/kernel", "b": "fc2/kernel|norm/scale", "c": "bias"}
+    )
+    labels = labels(params) if form == "tree" else labels
+    parts = {"c": aj.sgd(0.5), "b": aj.sgd(0.25, l2=0.2), "a": aj.sgd(0.125, l2=0.4)}
+    tx = optax.partition(parts, labels)
+    state = aj.from_torch_state_dict(
+        there, tx.init(params), params, step=3, labels=labels
+    )
+    for label, rate in {"a": LR, "b": LR / 3, "c": LR}.items():
+        part = state.inner_states[label]
+        assert float(aj.current_hyperparams(part)["learning_rate"]) == rate
+    _, state = tx.update(params, state, params)
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"], labels=labels)
+    groups = dumped["param_groups"]
+    assert [group["lr"] for group in groups] == [0.125, 0.25, 0.5]
+    assert [group["weight_decay"] for group in groups] == [0.4, 0.2, 0]
+    with pytest.raises(ValueError, match="pass the labels of optax.partition"):
+        aj.to_torch_state_dict(state, params, there["param_groups"])
+
+
+def test_momentum_in_some_groups_only(x64):
+    """The state without moments trains what no other state does."""
+    groups = [PLAIN_SGD[0] | {"momentum": 0.9}, PLAIN_SGD[1], PLAIN_SGD[2]]
+    net, opt = torch_groups(groups)
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    there = opt.state_dict()
+    tx, state = aj.optimizer_from_torch_state_dict(there, params, step=BEFORE)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    assert dumped["param_groups"] == there["param_groups"]
+    net, opt = torch_groups(groups)
+    read_into(net, opt, params, dumped)
+    torch_train(net, opt, None, AFTER)
+    params, _ = jax_train(tx, params, state, AFTER)
+    assert_same_run(read_back(params), net)
+
+
 # ---------------------------------------------------------------------------
 # What is not PyTorch's, or not in one ratio
 # ---------------------------------------------------------------------------
