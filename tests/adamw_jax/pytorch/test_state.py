@@ -393,6 +393,32 @@ def test_counts_that_differ(x64):
     assert sorted(steps.values()) == [9, 13, 16, 16, 16, 16]
 
 
+def test_counts_stand_still_without_a_gradient(x64):
+    """For leaves that had none before, and so have an optimizer of their own."""
+    net, opt, _ = torch_setup("adamw")
+    torch_train(net, opt, None, 2, skip=("norm.bias",))
+    torch_train(net, opt, None, 2)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(opt.state_dict(), params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(loss_fn)(params, jnp.asarray(X), jnp.asarray(Y))
+        grads["norm"]["bias"] = None
+        updates, state = tx.update(grads, state, params)
+        return aj.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, 3, skip=("norm.bias",))
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+    dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    steps = sorted(int(entry["step"]) for entry in dumped["state"].values())
+    assert steps == [2 + AFTER, *(5 * [7 + AFTER])]
+
+
 def test_a_parameter_without_gradient_in_sgd_has_a_buffer_of_zeros(x64):
     net, opt, _ = torch_setup("sgd-momentum")
     torch_train(net, opt, None, BEFORE, skip=("norm.bias",))
