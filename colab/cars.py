@@ -49,14 +49,12 @@ sys.path.insert(0, str(root))
 from PIL import Image
 
 from train import cars
-from train.data import pictures as images
-from train.run import devices
 
-devices.use_compilation_cache()
+cars.devices.use_compilation_cache()
 
 # %% [markdown]
 # **Settings.** The epochs are the article's: 20 of the head alone and 40 of all. Its
-# batches are of 128 images; there cannot be more in one than there are to train on, and
+# batches are of 128 images. A batch cannot exceed the number of training images, and
 # if the device runs out of memory, try fewer. Other pictures or settings need another
 # `run`, the folder of the results.
 
@@ -117,7 +115,7 @@ display(*(Image.open(path) for path in sorted(run.glob("*.png"))))
 # **Predict.** Here it is one of the pictures held out; yours is `Path("photo.jpg")`.
 
 # %%
-photo = images.read(data_dir).valid.paths[0]
+photo = cars.pictures.read(data_dir).valid.paths[0]
 found = cars.predict(cars.Predict((photo,), run / "model-0.safetensors"))
 
 # %% [markdown]

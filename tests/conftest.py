@@ -82,7 +82,7 @@ def x64():
 @pytest.fixture(scope="module")
 def fast_compile():
     """Compile with few optimizations, for tests of neither speed nor XLA's text."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

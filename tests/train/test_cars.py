@@ -17,17 +17,18 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
+from shallow_resnet import shallow_resnets
 
 from train import cars
 from train.data import augment, loader, pictures
 from train.evals.classify import cross_entropy_and_accuracy
-from train.models import classifier, pretrained, resnet
+from train.models import classifier, pretrained
 from train.plots import confusion
 from train.recipes import cars as recipe
-from train.references import resnet as torch_resnet
 from train.references.resnet import ResNet as TorchResNet
 from train.run import checkpoint, devices
 from train.run.log import read_events, read_lines
+from train.run.output import Output
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -36,21 +37,19 @@ COLOURS = ((40, 60, 200), (40, 180, 70), (200, 50, 40))
 EACH = 15  # images of a class: 12 to train, 3 held out; batches of 16, 16 and 4
 STAGES = {"frozen_epochs": 1, "epochs": 3}
 SMALL = {"architecture": "resnet18", "width": 4, "size": 32, "batch_size": 16}
-BLOCKS = (1, 1, 1, 1)  # one at each resolution
 slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compilation():
-    """A shallow network, few of XLA's optimizations, and each program only once."""
+    """Shallow networks, and each program compiled only once."""
     memory = {}
 
     def once(function):
         def call(*args):
             config = next(arg for arg in args if isinstance(arg, recipe.Config))
-            options = vars(config) | {"weights": bool(config.weights)}
-            for name in ("data_dir", "workers", "save_every", "seed", "seeds", "name"):
-                del options[name]
+            irrelevant = (*recipe.MAY_CHANGE_ON_RESUME, *vars(Output()), "seed")
+            options = {k: v for k, v in vars(config).items() if k not in irrelevant}
             numbers = [arg for arg in args if isinstance(arg, int)]
             key = function.__name__, repr(options), devices.data_mesh(), *numbers
             if key not in memory:
@@ -59,14 +58,10 @@ def fast_compilation():
 
         return call
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.LAYERS, "resnet18", (resnet.BasicBlock, BLOCKS))
-        patch.setitem(torch_resnet.LAYERS, "resnet18", (False, BLOCKS))
+    with shallow_resnets(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "build", once(recipe.build))
         patch.setattr(recipe, "compile_programs", once(recipe.compile_programs))
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +229,7 @@ def test_steps_in_an_exported_model(finished):
     assert tensors["bn1.num_batches_tracked"] == 12
 
 
+@pytest.mark.slow
 def test_it_learns(folder, tmp_path):
     """Three colours, from random weights."""
     options = {"epochs": 12, "learning_rate": 1e-2, "batch_size": 12}
@@ -261,6 +257,7 @@ def test_own_model_as_weights(finished, folder, tmp_path):
     assert results["weights"] == "run/model-0.safetensors"
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_results(finished, folder, body, tmp_path):
     _, out = run(folder, tmp_path, workers=0, weights=body, **STAGES)
     assert untimed(out) == untimed(finished[1])
@@ -298,7 +295,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    "after", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3, 4]
+    "after", [*(pytest.param(n, marks=slow) for n in (1, 2, 3)), 4]
 )
 def test_a_killed_run_ends_with_the_same_bits(
     finished, folder, body, tmp_path, monkeypatch, after
@@ -340,8 +337,7 @@ def test_kill_9(finished, folder, body, tmp_path):
     command += ["--architecture", "resnet18", "--width", "4", "--size", "32"]
     command += ["--batch-size", "16", "--frozen-epochs", "1", "--epochs", "3"]
     root = Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": str(root)}
-    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
+    env = os.environ | {"PYTHONPATH": str(root), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     process = subprocess.Popen(
         command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -385,6 +381,22 @@ def test_other_data_weights_or_settings_are_refused(finished, folder, body, tmp_
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(folder, body, tmp_path, monkeypatch):
+    restore = cars.restore
+
+    def spoil(*args):
+        state = restore(*args)
+        return state._replace(params=jax.tree.map(lambda x: np.nan * x, state.params))
+
+    monkeypatch.setattr(cars, "restore", spoil)
+    with pytest.raises(FloatingPointError, match="seed 0 diverged at step 3: loss nan"):
+        run(folder, tmp_path, weights=body, **STAGES)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["event"] for line in lines] == ["start", "diverged"]
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+@slow
 def test_divergence_ends_the_run(folder, tmp_path):
     options = {"learning_rate": 1e38, "optimizer": "sgd", "b1": (0.9, 0.9)}
     with pytest.raises(FloatingPointError, match="seed 0 diverged at step 3: loss"):

@@ -206,6 +206,7 @@ def test_evaluation_of_batches():
     assert loss == pytest.approx(-np.log([0.9, 0.2, 0.5, 0.75]).mean())
 
 
+@pytest.mark.slow
 def test_another_optimizer_and_fewer_images(tmp_path):
     results = run(
         tmp_path,

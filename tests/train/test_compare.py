@@ -108,6 +108,7 @@ def test_a_folder_is_overwritten_only_on_request(finished, two_optimizers):
     assert two["finding"] == five["finding"]
 
 
+@pytest.mark.slow
 def test_cifar10(tmp_path, cifar_dir, capsys, two_optimizers):
     config = dataclasses.replace(TINY_CIFAR, data_dir=cifar_dir, out=tmp_path)
     folder = compare.main(config)

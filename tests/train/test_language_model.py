@@ -220,6 +220,7 @@ def test_every_epoch_has_its_chunks_and_starts_from_empty_states(finished, data_
     close(saved["params"], nnx.to_pure_dict(state.params), 1e-4)
 
 
+@pytest.mark.slow
 def test_averaging_in_the_command(run, tmp_path, data_dir):
     """The validation loss gets worse, so that it starts; the average is evaluated."""
     config = dataclasses.replace(TINY, **AVERAGED)
@@ -307,6 +308,7 @@ def test_the_name_of_the_folder(data_dir):
     assert language_model.run_name(config) == f"qrnn-adamw-{data_dir.stem}"
 
 
+@pytest.mark.slow
 def test_a_qrnn(run, tmp_path, data_dir):
     config = dataclasses.replace(TINY, model="qrnn", recipe="adamw", **SIMPLE)
     results = run(config, optimizer="adamw", l2=0.0, name=None)
@@ -336,6 +338,7 @@ def test_divergence_stops_the_run_and_keeps_what_there_is(run, tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_divergence_in_the_last_step_of_an_epoch(run, tmp_path, monkeypatch):
     """Its loss is that before its update; the validation loss tells."""
     compile_programs = recipe.compile_programs
@@ -357,6 +360,7 @@ def test_divergence_in_the_last_step_of_an_epoch(run, tmp_path, monkeypatch):
     assert [x["event"] for x in metrics(tmp_path / "run")][-1] == "diverged"
 
 
+@pytest.mark.slow
 def test_after_a_divergence_it_resumes_from_the_last_checkpoint(
     run, finished, tmp_path, monkeypatch
 ):
@@ -390,6 +394,7 @@ def test_after_a_divergence_it_resumes_from_the_last_checkpoint(
     same_bits(final_state(folder), final_state(finished))
 
 
+@pytest.mark.slow
 def test_any_optax_optimizer(run, tmp_path):
     results = run(
         optimizer="optax.lion",

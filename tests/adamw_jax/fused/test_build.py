@@ -130,9 +130,9 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [shutil.which("false"), 'c++ "'])
 def test_a_failure_is_one_warning(cache, monkeypatch, command):
     monkeypatch.setenv("CXX", command)
-    with pytest.warns(RuntimeWarning, match="adamw_jax goes without its kernel"):
+    with pytest.warns(RuntimeWarning, match="adamw_jax runs without its CPU kernel"):
         why = build._load.__wrapped__()
-    assert why.startswith("it could not be compiled and loaded")
+    assert why.startswith("it cannot be compiled and loaded")
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 

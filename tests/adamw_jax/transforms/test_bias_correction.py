@@ -1,37 +1,15 @@
 """Bias correction: exact at every step and under every schedule."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from reference import trajectory
+from inputs import run
 from tiers import matrix
 
 import adamw_jax as aj
-
-rng = np.random.default_rng(1)
-
-
-P0 = 0.25 * rng.normal(size=20)
-
-
-GRADS = rng.normal(size=(60, 20))
-
-
-GRADS[0] *= 10
-
-
-def run(tx, p0=P0, grads=GRADS, dtype=jnp.float64, learning_rate=None):
-    """Parameters after every step of a jitted loop over the given gradients."""
-    if learning_rate is not None:
-        tx = optax.chain(tx, aj.scale_by_learning_rate(learning_rate))
-
-    loop = jax.jit(functools.partial(trajectory, tx))
-    return np.asarray(loop(jnp.asarray(p0, dtype), jnp.asarray(grads, dtype)))
 
 
 @pytest.mark.parametrize(
@@ -55,16 +33,16 @@ def test_first_update_is_the_sign(b2, driven, make):
 @pytest.mark.parametrize("driven", [False, True])
 def test_correction_at_every_step(b, driven):
     """c = 1 - b^t in float32, to 3e-7 over 100,000 steps, for b a number or traced."""
-    from adamw_jax.transforms.moments import _beta_at, _init_log_product
+    from adamw_jax.transforms.bias_correction import beta_at, init_log_product
 
     nominal = float(np.float32(b)) if driven else b  # as a traced float32
     beta = (lambda t: jnp.float32(b)) if driven else b
-    state = _init_log_product(beta, jnp.zeros(1))
+    state = init_log_product(beta, jnp.zeros(1))
 
     @jax.jit
     def corrections(state):
         def step(state, t):
-            at = _beta_at("b1", beta, "exact", t, state, jnp.float32)
+            at = beta_at("b1", beta, "exact", t, state, jnp.float32)
             return at.log_product, at.correction
 
         return jax.lax.scan(step, state, jnp.arange(100_000))[1]

@@ -5,26 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from inputs import FLAX, flat
 
 import adamw_jax as aj
-
-FLAX = {
-    "Conv_0": {"kernel": jnp.ones((3, 3, 1, 4))},
-    "BatchNorm_0": {"scale": jnp.ones(4), "bias": jnp.ones(4)},
-    "layers": {  # stacked by scan: every leaf has a dimension more
-        "Dense_0": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))},
-        "LayerNorm_0": {"scale": jnp.ones((3, 4))},
-    },
-    "Embed_0": {"embedding": jnp.ones((5, 4))},
-}
-
-
-def flat(tree):
-    return {
-        "/".join(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
 
 LABELS = aj.labels_by_path({"body": "^(Conv|BatchNorm|layers)", "head": "^Embed"})
 

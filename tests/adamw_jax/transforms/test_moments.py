@@ -1,6 +1,5 @@
 """Adam's and AMSGrad's rules against float64 loops, Optax and closed forms."""
 
-import functools
 import itertools
 
 import jax
@@ -8,39 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import adam_loop, constant, trajectory
+from inputs import GRADS, P0, b1_schedule, b2_schedule, run
+from reference import adam_loop, constant
 from tiers import matrix
 
 import adamw_jax as aj
-
-rng = np.random.default_rng(1)
-
-
-P0 = 0.25 * rng.normal(size=20)
-
-
-GRADS = rng.normal(size=(60, 20))
-
-
-GRADS[0] *= 10
-
-
-def run(tx, p0=P0, grads=GRADS, dtype=jnp.float64, learning_rate=None):
-    """Parameters after every step of a jitted loop over the given gradients."""
-    if learning_rate is not None:
-        tx = optax.chain(tx, aj.scale_by_learning_rate(learning_rate))
-
-    loop = jax.jit(functools.partial(trajectory, tx))
-    return np.asarray(loop(jnp.asarray(p0, dtype), jnp.asarray(grads, dtype)))
-
-
-def b1_schedule(t):
-    return 0.95 - 0.1 * jnp.asarray(t, float) / 60
-
-
-def b2_schedule(t):
-    return 0.9 + 0.09 * jnp.asarray(t, float) / 60
-
 
 OPTAX_PAIRS = {
     "adam": lambda lib: lib.scale_by_adam(0.8, 0.99, 1e-4),

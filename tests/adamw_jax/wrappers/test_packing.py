@@ -153,7 +153,7 @@ def test_what_lies_where():
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(flat)]
     assert paths == ["['float32/False']", "['float32/True']", "['large/kernel']"]
     assert repr(flat) == (
-        "7 leaves, 1 of them alone\n"
+        "7 leaves, 1 of them not packed\n"
         "float32/False: 2 leaves in (1024,)\n"
         "float32/True: 4 leaves in (1024,)"
     )

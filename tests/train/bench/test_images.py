@@ -49,6 +49,7 @@ def test_a_bench(tmp_path, shallow):
     assert "from random JPEGs of 900 x 600 pixels" in page
 
 
+@pytest.mark.slow
 def test_training_reads_a_batch_per_step(tmp_path, shallow, monkeypatch):
     config, read = tiny(tmp_path), []
     files = pictures.read(images.write_images(tmp_path, 10)).train

@@ -157,6 +157,7 @@ def in_pieces(states, targets, cuts, window, size=None):
     return np.concatenate(logs), history
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @example([0, 5, 6, 14], None)
 @example([0, 5, 6, 14], 17)

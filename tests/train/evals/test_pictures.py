@@ -1,13 +1,12 @@
 """Predictions for files: order, the padded last batch, and what is printed."""
 
-import jax
 import numpy as np
 import pytest
 from sample_pictures import make_picture
+from shallow_resnet import shallow_resnets, write_model
 
 from train.data.pictures import Files
 from train.evals.pictures import Predict, log_probabilities, predict, write_predictions
-from train.models import classifier
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -26,13 +25,10 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model-0.safetensors"
-    network = classifier.make_network("resnet18", 2, "float32", 3)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        params, stats = network.init(jax.random.key(0))
-    options = {"architecture": "resnet18", "width": 2, "size": 32}
-    classifier.save_model(path, params, stats, classes=CLASSES, steps=3, **options)
-    return path
+    with shallow_resnets():
+        yield write_model(
+            tmp_path_factory.mktemp("model") / "model.safetensors", CLASSES
+        )
 
 
 def test_log_probabilities(files):

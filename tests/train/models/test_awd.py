@@ -361,6 +361,7 @@ def test_the_first_qrnn_layer_alone_sees_the_word_before():
     assert (of_word[3:5] > 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_in_bfloat16(kind):
     """Sums, states and gradients stay in the dtype of the parameters."""

@@ -3,14 +3,12 @@
 import json
 import os
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from shallow_resnet import shallow_resnets, write_model
 
-from train.models import classifier, pretrained, resnet
-from train.references import resnet as torch_resnet
+from train.models import classifier, pretrained
 from train.references.resnet import ResNet as TorchResNet
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -19,28 +17,15 @@ CLASSES = ("blue", "green", "red")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shallow():
-    with pytest.MonkeyPatch.context() as patch:
-        blocks = (1, 1, 1, 1)
-        patch.setitem(resnet.LAYERS, "resnet18", (resnet.BasicBlock, blocks))
-        patch.setitem(torch_resnet.LAYERS, "resnet18", (False, blocks))
+def fast_compilation():
+    with shallow_resnets():
         yield
 
 
 @pytest.fixture
 def model_file(tmp_path):
-    """Random weights and statistics everywhere."""
-    network = classifier.make_network("resnet18", 4, "float32", len(CLASSES))
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params, stats = jax.tree.map(
-        lambda x: jnp.asarray(rng.uniform(0.1, 1, x.shape), x.dtype), shapes
-    )
-    path = tmp_path / "run" / "model-0.safetensors"
-    path.parent.mkdir()
-    options = {"architecture": "resnet18", "width": 4, "size": 32}
-    classifier.save_model(path, params, stats, classes=CLASSES, steps=12, **options)
-    return path
+    (tmp_path / "run").mkdir()
+    return write_model(tmp_path / "run" / "model-0.safetensors", CLASSES)
 
 
 def test_the_file_gives_pytorch_the_same_predictions(model_file):

@@ -258,6 +258,7 @@ def test_frozen_body():
         assert same == (not name.startswith("fc."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [SHALLOW18, *map(slow, (SHALLOW50, RESNET50, RESNET18))], ids=name
 )
@@ -397,6 +398,7 @@ def test_bfloat16():
     np.testing.assert_allclose(y.astype(np.float32), -0.003, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_over_two_devices():
     """Batch norm uses the statistics of the global batch."""
     graphs, *shapes = networks("resnet18", 4)

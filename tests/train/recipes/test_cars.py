@@ -11,13 +11,13 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from shallow_resnet import shallow_resnets
 
 from adamw_jax import apply_updates
 from train.data import augment
-from train.models import pretrained, resnet
+from train.models import pretrained
 from train.models.classifier import make_network
 from train.recipes import cars as recipe
-from train.references import resnet as torch_resnet
 from train.references.resnet import ResNet as TorchResNet
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -28,14 +28,8 @@ PICTURES, WEIGHTS = Path("pictures"), Path("body.pth")  # neither is read
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compilation():
-    """One block at each resolution, and few of XLA's optimizations."""
-    with pytest.MonkeyPatch.context() as patch:
-        blocks = (1, 1, 1, 1)
-        patch.setitem(resnet.LAYERS, "resnet18", (resnet.BasicBlock, blocks))
-        patch.setitem(torch_resnet.LAYERS, "resnet18", (False, blocks))
-        jax.config.update("jax_disable_most_optimizations", True)
+    with shallow_resnets():
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def build(**changes):
@@ -165,9 +159,9 @@ def test_two_stages_equal_pytorch(monkeypatch):
         for parameter in body_only:
             parameter.requires_grad_(not stage.frozen)
         divisors = dict(zip(recipe.GROUPS, config.divisors, strict=True))
-        chosen = {"head": groups["head"]} if stage.frozen else groups
+        trained = {"head": groups["head"]} if stage.frozen else groups
         adam = torch.optim.Adam(
-            [{"params": group, "name": name} for name, group in chosen.items()],
+            [{"params": group, "name": name} for name, group in trained.items()],
             weight_decay=config.l2,
         )
         for i in range(stage.last - stage.first):

@@ -320,6 +320,7 @@ def linear_logits(images):
     return jnp.reshape(images, (len(images), -1)).astype(np.float32) @ weights / 1e4
 
 
+@pytest.mark.slow
 def test_the_unsure_images_get_all_views():
     x, _ = pictures(40)
     plain, both, final = map(
@@ -351,6 +352,7 @@ def test_the_unsure_images_get_all_views():
     np.testing.assert_allclose(everything, all_views, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_network():
     (x, y), (test_x, test_y) = pictures(100), pictures(60, seed=1)
     trained, _ = program()(np.uint32(0), x, y)

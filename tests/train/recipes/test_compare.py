@@ -69,6 +69,7 @@ def test_a_run_is_a_loop_over_steps(name):
     assert results[1, 1, 1] < 0.9 * results[1, 0, 1]  # the other run learns, too
 
 
+@pytest.mark.slow
 def test_vectorized_runs_equal_sequential_ones(adamw_only):
     splits = digits.load_digits(40, 50)
     one, other = (
