@@ -52,6 +52,12 @@ def schedule_step(count: jax.Array) -> jax.Array:
     return count if is_integer else jnp.rint(count).astype(jnp.int32)
 
 
+def are_all_none(updates: Any) -> bool:
+    """Whether no leaf has a gradient, so that there is no update to count."""
+    leaves = jax.tree.leaves(updates, is_leaf=is_none)
+    return bool(leaves) and all(leaf is None for leaf in leaves)
+
+
 def zeros_like_params(params: Any, dtype: Any = None) -> Any:
     """Initial moments: zeros in `dtype`, or by default in the compute dtype.
 
@@ -92,7 +98,8 @@ def on_leaves(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]
     """Makes a function of trees, such as a mask, see the leaves of a packed tree.
 
     A container that stores several leaves in one array (:class:`adamw_jax.Packed`) has
-    a method `evaluate_on_leaves`, which returns one value per array.
+    a method `evaluate_on_leaves`, which returns one value per array, and a property
+    `tree`, the original tree.
     """
 
     def evaluate(params):

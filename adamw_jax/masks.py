@@ -2,17 +2,19 @@
 
 A mask is a tree of bools, a prefix of one, or a function from params to either. The
 functions here decide by the leaf's path, such as `block1/conv/kernel`. A rule on the
-number of dimensions fails for layers stacked by `scan`, whose biases are matrices.
+number of dimensions alone fails for layers stacked by `scan`, whose biases are
+matrices.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ._tree import broadcast, is_none, leaves_like, on_leaves, path_string
+from ._tree import broadcast, leaves_like, on_leaves, path_string
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -94,12 +96,21 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
 def no_decay_on_bias_and_norm(params: Any) -> Any:
     """The usual mask for weight decay: all leaves but biases and norm parameters.
 
-    A leaf does not decay if its name is `b`, `offset`, `scale`, `gamma` or `beta` or
-    contains the word `bias`, or if its module is named like a norm (`LayerNorm_0`,
-    `bn1`, `ln_f`, `final_norm`). A `kernel` or an `embedding` always decays. Only names
-    count, so the `(layers, features)` biases of scanned layers are excluded as well.
-    PyTorch calls the scale of a norm `weight`; there the name of the module decides.
-    Check the result with :func:`describe_mask`.
+    The first rule that applies decides:
+
+    1. **Name of the leaf.** A `kernel` or an `embedding` decays; `b`, `offset`,
+       `scale`, `gamma`, `beta` and names with the word `bias` do not.
+    2. **Name of the module.** A leaf of a norm (`LayerNorm_0`, `bn1`, `ln_f`,
+       `final_norm`) does not decay.
+    3. **Shape.** A leaf of at most one dimension does not decay, such as the `weight`
+       of a norm in a numbered list (`layers/1/weight`). Leading axes of layers stacked
+       by `scan` or `vmap` do not count. They are known from the leaves that rule 1
+       excludes, which have one dimension unstacked: in the nearest module that has
+       such leaves, and if all leaves of that module share the axes. A stacked norm
+       without a telling name, in a module without biases, decays.
+
+    :func:`describe_mask` prints the rule for each leaf. Rule 3 does not see leaves that
+    `optax.partition` or :func:`freeze_leaves` hides; pass `mask(params)` there.
 
     Args:
         params: any tree.
@@ -115,22 +126,75 @@ def no_decay_on_bias_and_norm(params: Any) -> Any:
         {'Dense_0': {'bias': False, 'kernel': True}, 'LayerNorm_0': {'scale': False}}
     """
 
-    def decays(path, _):
-        *modules, leaf = re.split(r"[/.]", path)
+    def mask(params):
+        decays = [rule.decays for rule in _decay_rules(params)]
+        return jax.tree.structure(params).unflatten(decays)
+
+    return on_leaves("mask", mask)(params)
+
+
+class _Rule(NamedTuple):
+    decays: bool
+    reason: str
+
+
+def _decay_rules(params: Any) -> list[_Rule]:
+    """The rule of :func:`no_decay_on_bias_and_norm` that decides about each leaf."""
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    parts = [tuple(re.split(r"[/.]", path_string(path))) for path, _ in flat]
+    shapes = [np.shape(leaf) for _, leaf in flat]
+
+    @functools.cache
+    def shapes_by_module():
+        """For each module, also of the leaves in modules inside it: all, and biases."""
+        leaves: dict[tuple[str, ...], list[tuple]] = {}
+        biases: dict[tuple[str, ...], list[tuple]] = {}
+        for (*modules, name), shape in zip(parts, shapes, strict=True):
+            for depth in range(len(modules) + 1):
+                module = tuple(modules[:depth])
+                leaves.setdefault(module, []).append(shape)
+                if _BIAS_OR_NORM_LEAF.search(name):
+                    biases.setdefault(module, []).append(shape)
+        return leaves, biases
+
+    @functools.cache
+    def stacked_axes(module):
+        """How many leading axes come from `scan` or `vmap`, judged by the biases."""
+        leaves, biases = shapes_by_module()
+        while module and module not in biases:
+            module = module[:-1]
+        axes = min((len(shape) - 1 for shape in biases.get(module, ())), default=0)
+        while axes > 0 and len({shape[:axes] for shape in leaves[module]}) > 1:
+            axes -= 1
+        return max(axes, 0)
+
+    def rule(modules, name, shape):
+        if _MATRIX_LEAF.search(name):
+            return _Rule(True, "name of leaf")
+        if _BIAS_OR_NORM_LEAF.search(name):
+            return _Rule(False, "name of leaf")
         # The nearest module that is not a list index.
         module = next((m for m in reversed(modules) if not m.isdigit()), "")
-        return bool(_MATRIX_LEAF.search(leaf)) or not (
-            _BIAS_OR_NORM_LEAF.search(leaf) or _NORM_MODULE.search(module)
-        )
+        if _NORM_MODULE.search(module):
+            return _Rule(False, "name of module")
+        axes = stacked_axes(modules) if len(shape) > 1 else 0
+        return _Rule(len(shape) - axes > 1, f"shape[{axes}:]" if axes else "shape")
 
-    return mask_by(decays)(params)
+    return [
+        rule(tuple(modules), name, shape)
+        for (*modules, name), shape in zip(parts, shapes, strict=True)
+    ]
 
 
 def describe_mask(params: Any, mask: Mask = no_decay_on_bias_and_norm) -> None:
     """Prints which leaves decay and which do not.
 
+    For :func:`no_decay_on_bias_and_norm` it also prints the rule that decided: the name
+    of the leaf, the name of its module, or the shape, where `shape[1:]` leaves out one
+    axis of stacked layers.
+
     Args:
-        params: any tree of arrays or `ShapeDtypeStruct`.
+        params: any tree of arrays or `ShapeDtypeStruct`, also packed.
         mask: as for :func:`adamw_jax.add_decayed_weights`.
 
     Raises:
@@ -138,28 +202,35 @@ def describe_mask(params: Any, mask: Mask = no_decay_on_bias_and_norm) -> None:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> describe_mask({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
-        decay  shape   path
-        no     (3,)    bias
-        yes    (2, 3)  kernel
-        1 of 2 leaves decay, 6 of 9 parameters
+        >>> params = [{"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, {"w": jnp.zeros(3)}]
+        >>> describe_mask(params)
+        decay  rule          shape   path
+        no     name of leaf  (3,)    0/b
+        yes    shape         (2, 3)  0/w
+        no     shape         (3,)    1/w
+        1 of 3 leaves decay, 6 of 12 parameters
     """
-    flags = leaf_flags(mask, params, params)
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_none)
-    rows = [
-        (flag, tuple(np.shape(leaf)), path_string(path))
-        for flag, (path, leaf) in zip(flags, leaves, strict=True)
-        if leaf is not None
-    ]
-    width = max((len(str(shape)) for _, shape, _ in rows), default=5)
-    print(f"decay  {'shape':{width}}  path")
-    for flag, shape, path in rows:
-        print(f"{'yes' if flag else 'no':5}  {shape!s:{width}}  {path}")
-    sizes = [(flag, int(np.prod(shape))) for flag, shape, _ in rows]
+    flags = resolve_mask(mask, params)
+    if hasattr(type(params), "evaluate_on_leaves"):  # packed, as in on_leaves
+        flags, params = flags.tree, params.tree
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    columns = {
+        "decay": ["yes" if flag else "no" for flag in jax.tree.leaves(flags)],
+        "shape": [str(tuple(np.shape(leaf))) for _, leaf in leaves],
+        "path": [path_string(path) for path, _ in leaves],
+    }
+    if mask is no_decay_on_bias_and_norm:
+        rules = [rule.reason for rule in _decay_rules(params)]
+        columns = {"decay": columns.pop("decay"), "rule": rules, **columns}
+    widths = [max(map(len, [name, *values])) for name, values in columns.items()]
+    for row in [columns, *zip(*columns.values(), strict=True)]:
+        cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    sizes = [int(np.prod(np.shape(leaf))) for _, leaf in leaves]
+    decayed = [n for n, flag in zip(sizes, jax.tree.leaves(flags), strict=True) if flag]
     print(
-        f"{sum(bool(flag) for flag, _ in sizes)} of {len(rows)} leaves decay, "
-        f"{sum(n for flag, n in sizes if flag):,} of {sum(n for _, n in sizes):,} "
-        "parameters"
+        f"{len(decayed)} of {len(leaves)} leaves decay, {sum(decayed):,} of "
+        f"{sum(sizes):,} parameters"
     )
 
 

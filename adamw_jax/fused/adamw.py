@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from .. import optimizers
 from .._checks import check_params
 from .._transformation import Transformation, multiply
-from .._tree import compute_dtype, increment, map_leaves, scalar_dtype
+from .._tree import (
+    are_all_none,
+    compute_dtype,
+    increment,
+    map_leaves,
+    scalar_dtype,
+)
 from ..apply import apply_updates
 from ..hyperparams import with_hyperparams
 from ..masks import leaf_flags
@@ -59,6 +65,8 @@ def fuse(tx: Transformation) -> Transformation:
 
     def step(grads, state, params, *, factor=None, **extra_args):
         check_params(params)
+        if are_all_none(grads):
+            return params, state
         if state[index].key is not None or why_no_kernel() is not None:
             updates, state = tx.update(
                 multiply(grads, factor), state, params, **extra_args

@@ -7,15 +7,18 @@ import jax
 import optax
 
 from .._checks import is_static
-from .._tree import ScalarOrSchedule, path_string
+from .._tree import ScalarOrSchedule, is_none, path_string
 from ..fused.adamw import adamw
+from ..hyperparams import with_hyperparams
 from ..masks import mask_by
 from ..optimizers import adam, amsgrad, sgd
 from ..schedules.cycles import one_cycle_torch
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import BiasCorrection
 from ..transforms.chain import chain
+from ..transforms.decay import add_l2_gradient
 from ..transforms.groups import freeze_leaves, scale_by_group
+from ..transforms.scaling import scale_by_learning_rate
 from .names import (
     Layout,
     Parameter,
@@ -26,7 +29,7 @@ from .names import (
     is_sgd,
     leaf_paths,
     rate_ratio,
-    to_count,
+    step_count,
     torch_parameters,
 )
 from .state import from_torch_state_dict
@@ -54,6 +57,8 @@ def optimizer_from_torch_state_dict(
                                               the ratios in :func:`scale_by_group`
     `weight_decay=0` in some groups           the optimizer's `mask`
     different `betas`, ..., nonzero decays    `optax.partition`, one optimizer for each
+    nonzero decays, SGD without momentum      one optimizer, with the ratios of the
+                                              decays to that of the first group
     different step counts                     likewise, so that each keeps its own count
     parameters in no group                    :func:`freeze_leaves`
     ========================================  ==========================================
@@ -61,6 +66,11 @@ def optimizer_from_torch_state_dict(
     A parameter in a group that never had a gradient starts with its first one. If it
     had none because it should stay frozen, build the optimizer yourself, with
     :func:`freeze_leaves`, and fill its state with :func:`from_torch_state_dict`.
+
+    The ratio of the learning rates is that of the checkpoint, and stays. Groups whose
+    scheduler has not kept it (`eta_min` above 0, a function for each group: lr /
+    initial_lr differs) are refused. A checkpoint from the first step of such a
+    scheduler does not show it.
 
     `foreach`, `fused`, `capturable` and `differentiable` select implementations of the
     same update and are ignored. `dampening` is supported if it equals the momentum and
@@ -89,7 +99,8 @@ def optimizer_from_torch_state_dict(
 
     Raises:
         ValueError: as for :func:`from_torch_state_dict`; or a scheduler drove the
-            groups and there is no learning_rate; or the dampening is not supported.
+            groups and there is no learning_rate, or has changed the ratio of their
+            learning rates; or the dampening is not supported.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -117,7 +128,7 @@ def optimizer_from_torch_state_dict(
     kinds = {
         path: _Kind(
             _make_options(parameter.group, decoupled, "b1" in scheduled),
-            to_count(path, parameter.state.get("step", 0), problems),
+            step_count(path, parameter, problems),
         )
         for path, parameter in table.items()
     }
@@ -134,6 +145,8 @@ def optimizer_from_torch_state_dict(
                     "learning_rate must be phases without weight_decay, which differs "
                     "between the groups"
                 )
+            if _has_no_momentum(kind.options, scheduled):
+                continue
             for path in paths:
                 kinds[path] = kind._replace(weight_decay=decays[path])
     labels = {kind: str(i) for i, kind in enumerate(dict.fromkeys(kinds.values()))}
@@ -152,17 +165,16 @@ def optimizer_from_torch_state_dict(
         by_label[label] = _build(
             kind.options,
             values,
-            max(decays[path] for path in paths),
-            {path for path in paths if decays[path] > 0},
-            len(paths),
+            {path: decays[path] for path in paths},
             bias_correction,
         )
         for path in paths:
             rates[path] = rate_ratio(table[path].group, first)
 
     def by_path(values):
+        # Also for a None gradient, whose parameter has a label.
         return lambda tree: jax.tree_util.tree_map_with_path(
-            lambda path, _: values[path_string(path)], tree
+            lambda path, _: values.get(path_string(path)), tree, is_leaf=is_none
         )
 
     tx = optax.with_extra_args_support(next(iter(by_label.values())))
@@ -351,17 +363,20 @@ def _make_options(
 def _build(
     options: _AdamOptions | _SgdOptions,
     values: dict[str, Any],
-    decay: float,
-    decayed_paths: set[str],
-    num_leaves: int,
+    decays: dict[str, float],
     bias_correction: BiasCorrection,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of one kind of leaves; `values` take precedence over options."""
-    mask = None
-    if len(decayed_paths) < num_leaves and (decayed_paths or "weight_decay" in values):
-        mask = mask_by(lambda path, _: path in decayed_paths)
-    learning_rate = values["learning_rate"]
-    decay = values.get("weight_decay", decay)
+    """The optimizer of one kind of leaves; `values` take precedence over options.
+
+    `decays` has the decay of each leaf, by path.
+    """
+    learning_rate, mask = values["learning_rate"], None
+    nonzero = {decay for decay in decays.values() if decay}
+    if len(nonzero) > 1:
+        return _sgd_with_decays(learning_rate, decays, options.maximize)
+    if 0.0 in decays.values() and (nonzero or "weight_decay" in values):
+        mask = mask_by(lambda path, _: decays[path] > 0)
+    decay = values.get("weight_decay", max(nonzero, default=0.0))
     l2 = None if is_static(decay) and decay == 0 else decay  # no link for no decay
     if isinstance(options, _SgdOptions):
         return sgd(
@@ -387,6 +402,34 @@ def _build(
     if options.decoupled:
         return adamw(learning_rate, weight_decay=decay, **common)
     return adam(learning_rate, l2=l2, **common)
+
+
+def _has_no_momentum(
+    options: _AdamOptions | _SgdOptions, scheduled: dict[str, Any]
+) -> bool:
+    is_sgd = isinstance(options, _SgdOptions)
+    return is_sgd and options.momentum == 0 and "b1" not in scheduled
+
+
+def _sgd_with_decays(
+    learning_rate: Any, decays: dict[str, float], maximize: bool
+) -> optax.GradientTransformationExtraArgs:
+    """SGD without momentum, in one state although the decays differ.
+
+    Its state has no leaves, so those of one optimizer for each decay could not be told
+    apart by :func:`adamw_jax.to_torch_state_dict`. The hyperparameter is the decay of
+    the first group that has one, and the ratios to it are fixed.
+    """
+    first = next(decay for decay in decays.values() if decay)
+
+    def factory(learning_rate, weight_decay):
+        links = [optax.scale(-1.0)] if maximize else []
+        for decay in sorted(set(decays.values()) - {0.0}):
+            mask = mask_by(lambda path, _, decay=decay: decays[path] == decay)
+            links.append(add_l2_gradient(weight_decay * (decay / first), mask))
+        return chain(*links, scale_by_learning_rate(learning_rate))
+
+    return with_hyperparams(factory, learning_rate=learning_rate, weight_decay=first)
 
 
 def _check_buffers(table: dict[str, Parameter], paths: list[str]) -> None:

@@ -10,14 +10,14 @@ import collections
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._tree import find_states, path_string
+from .._tree import broadcast, find_states, path_string
 from ..hyperparams import HyperparamsState
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import LogProduct
@@ -39,8 +39,8 @@ from .names import (
     put_array,
     put_number,
     rate_ratio,
+    step_count,
     to_array,
-    to_count,
     to_tensor,
     torch_parameters,
 )
@@ -61,6 +61,7 @@ _MOMENTS = (
 )
 _COUNTERS = (ScheduleState, StochasticRoundingState, optax.ScaleByScheduleState)
 _KNOWN = (HyperparamsState, *_MOMENTS, *_COUNTERS)
+_PARTS = (HyperparamsState, optax.transforms.PartitionState)
 
 
 def from_torch_state_dict(
@@ -74,6 +75,7 @@ def from_torch_state_dict(
     step: int | None = None,
     b1: Any = None,
     b2: Any = None,
+    labels: Any = None,
 ) -> optax.OptState:
     r"""Fills an optimizer state from that of `torch.optim`'s Adam, AdamW or SGD.
 
@@ -89,7 +91,8 @@ def from_torch_state_dict(
     * **Step counts.** PyTorch counts per parameter, so one that had no gradient lags
       behind. Here an Adam state has one count, and leaves of one state with different
       counts are an error. Two states in an `optax.partition` may differ;
-      :func:`optimizer_from_torch_state_dict` builds such an optimizer.
+      :func:`optimizer_from_torch_state_dict` builds such an optimizer. The same holds
+      for a leaf whose gradient is None after the conversion; see :func:`scale_by_adam`.
     * **Hyperparameters** are those of the optimizer that made `state`. Until its first
       update, `current_hyperparams` returns those of the checkpoint.
     * `nu_max` must be that of `convention="torch"` or `"paper"`, not `"optax"`.
@@ -116,6 +119,9 @@ def from_torch_state_dict(
         b1: its value in the steps done, for `"exact"`: a number, a schedule of the
             step, :class:`Phases`, or an array.
         b2: likewise.
+        labels: those passed to `optax.partition`, a tree or a function from params to
+            one. Needed only if several of its optimizers are SGD without momentum,
+            whose states do not say which leaves they train.
 
     Returns:
         The new state, whose arrays share no memory with the tensors. Parameters without
@@ -125,7 +131,8 @@ def from_torch_state_dict(
         ValueError: all mismatches in one message, with the paths of the leaves: a
             parameter without a leaf or a leaf without a parameter; moments that are
             missing, or for which the state has no place; shapes; dtypes that would lose
-            bits; step counts. Or the dict of another optimizer, or no step.
+            bits; step counts that differ or are missing. Or the dict of another
+            optimizer, which may differ only by an option in its groups; or no step.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -153,7 +160,7 @@ def from_torch_state_dict(
             for key, value in parameter.state.items()
             if key != "step" and value is not None
         }
-        counts[path] = to_count(path, parameter.state.get("step", 0), problems)
+        counts[path] = step_count(path, parameter, problems)
     if step is None:
         if any(is_sgd(parameter.group) for parameter in table.values()):
             raise ValueError(
@@ -165,17 +172,19 @@ def from_torch_state_dict(
         raise ValueError(f"step must be an integer >= 0, got {step!r}")
 
     used: set[tuple[str, str]] = set()
+    trained = _trained_groups(state, params, table, labels)
+    groups = {id(node): node_groups for node, node_groups in trained}
 
     def fill(node):
         if isinstance(node, _COUNTERS):
             field = "step" if isinstance(node, ScheduleState) else "count"
             return node._replace(**{field: put_number(getattr(node, field), step)})
         if isinstance(node, HyperparamsState):
-            node = node._replace(
+            new = node._replace(
                 step=put_number(node.step, step),
                 inner_state=_map_states(fill, node.inner_state),
             )
-            return _fill_hyperparams(node, _trained_groups(node, state, table))
+            return _fill_hyperparams(new, groups[id(node)])
         slots = {slot: key for slot, key in _SLOTS.items() if hasattr(node, slot)}
         paths = _slot_paths(node)
         new = {}
@@ -232,6 +241,7 @@ def to_torch_state_dict(
     rename: Rename = None,
     layout: Layout = flax_layout,
     tx: optax.GradientTransformation | None = None,
+    labels: Any = None,
 ) -> dict[str, Any]:
     """Makes the dict that `load_state_dict` of `torch.optim`'s optimizers accepts.
 
@@ -268,6 +278,7 @@ def to_torch_state_dict(
         layout: converts arrays; the default knows Flax's kernels.
         tx: the optimizer that `state` is of, for the values of the next update: it
             updates a copy of the state once, with zero gradients.
+        labels: as for :func:`from_torch_state_dict`.
 
     Returns:
         `{"state": {number: {...}}, "param_groups": [...]}`, with tensors (needs
@@ -276,8 +287,10 @@ def to_torch_state_dict(
     Raises:
         ValueError: all mismatches in one message: a leaf with moments but without a
             name; two states for one leaf; groups of another optimizer, or whose
-            `amsgrad` or `momentum` contradicts the moments. Or a scheduler drives the
-            groups and there is no tx.
+            `amsgrad` or `momentum` contradicts the moments; or the learning rate has
+            changed, and a scheduler has changed the ratio between the groups; or no
+            state with hyperparameters trains a group.
+            Or a scheduler drives the groups and there is no tx.
 
     Example:
         >>> import jax.numpy as jnp
@@ -340,7 +353,8 @@ def to_torch_state_dict(
     else:  # after an update a state holds the values that it used
         zeros = jax.tree.map(jnp.zeros_like, params)
         _, following = tx.update(zeros, state, params)
-    updated = [_update_group(group, following, table, problems) for group in groups]
+    trained = _trained_groups(following, params, table, labels)
+    updated = [_update_group(group, trained, problems) for group in groups]
     problems.raise_if_any()
     by_number = {table[path].number: entry for path, entry in entries.items() if entry}
     return {"state": dict(sorted(by_number.items())), "param_groups": updated}
@@ -483,18 +497,59 @@ def _slot_paths(state: Any) -> dict[str, None]:
     return paths
 
 
+class _Trained(NamedTuple):
+    """A state with hyperparameters and the groups that it trains, in their order."""
+
+    node: HyperparamsState
+    groups: list[Mapping[str, Any]]
+
+
 def _trained_groups(
-    node: HyperparamsState, root: Any, table: dict[str, Parameter]
-) -> list[Mapping[str, Any]]:
-    """The groups that a state trains, in PyTorch's order."""
-    paths: Any = _slot_paths(node.inner_state)
-    if not paths and len(find_states(root, HyperparamsState)) == 1:
-        paths = table  # SGD without momentum has no moments
-    groups: list[Mapping[str, Any]] = []
-    for path, parameter in table.items():
-        if path in paths and not any(parameter.group is group for group in groups):
-            groups.append(parameter.group)
-    return groups
+    state: Any, params: Any, table: dict[str, Parameter], labels: Any
+) -> list[_Trained]:
+    """All states with hyperparameters, each with the groups that it trains.
+
+    Moments have the paths of the leaves. A state without moments, of SGD without
+    momentum, trains the leaves with its label in `optax.partition`; without labels, all
+    that no other state trains, if it is the only one.
+    """
+    nodes = _labelled_states(state)
+    paths = [set(_slot_paths(node.inner_state)) for node, _ in nodes]
+    unknown = [
+        i
+        for i, (node, _) in enumerate(nodes)
+        if not find_states(node.inner_state, lambda x: isinstance(x, _MOMENTS))
+    ]
+    if labels is not None:
+        tree = broadcast("labels", labels, params)
+        by_path = {
+            path_string(path): label
+            for path, label in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for i in unknown:
+            paths[i] = {path for path in by_path if by_path[path] == nodes[i][1]}
+    elif len(unknown) == 1:
+        paths[unknown[0]] = set(table).difference(*paths)
+    trained = []
+    for (node, _), of_node in zip(nodes, paths, strict=True):
+        groups: list[Mapping[str, Any]] = []
+        for path, parameter in table.items():
+            if path in of_node and not any(parameter.group is g for g in groups):
+                groups.append(parameter.group)
+        trained.append(_Trained(node, groups))
+    return trained
+
+
+def _labelled_states(state: Any, label: Any = None) -> list[tuple]:
+    """All states with hyperparameters, each with its label in `optax.partition`."""
+    found: list[tuple] = []
+    for node in find_states(state, lambda x: isinstance(x, _PARTS)):
+        if isinstance(node, HyperparamsState):
+            found.append((node, label))
+        else:
+            for key, inner_state in node.inner_states.items():
+                found += _labelled_states(inner_state, key)
+    return found
 
 
 def _common_count(counts: dict[str, int], problems: Problems) -> int:
@@ -582,27 +637,21 @@ def _fill_hyperparams(
 
 def _update_group(
     group: Mapping[str, Any],
-    state: Any,
-    table: dict[str, Parameter],
+    all_trained: list[_Trained],
     problems: Problems,
 ) -> dict[str, Any]:
     """A copy of the group with the hyperparameters of the state."""
     new = copy.deepcopy(dict(group))
-    nodes = find_states(state, HyperparamsState)
-    trained_by = [
-        node
-        for node in nodes
-        if any(group is other for other in _trained_groups(node, state, table))
-    ]
-    if not trained_by:
-        if len(nodes) > 1 and len(group["params"]):
+    found = [x for x in all_trained if any(group is other for other in x.groups)]
+    if not found:
+        if len(all_trained) > 1 and len(group["params"]):
             problems.add(
                 f"group of {group['params']}",
-                "no state has moments of it, and several have hyperparameters",
+                "no state has moments of it, and several have hyperparameters: pass "
+                "the labels of optax.partition",
             )
         return new
-    node = trained_by[0]
-    trained = _trained_groups(node, state, table)
+    node, trained = found[0]
     dtype = jax.tree.leaves(node.last_values)[0].dtype
     values = {k: float(jax.tree.leaves(v)[0]) for k, v in node.hyperparams.items()}
 

@@ -28,6 +28,9 @@ def clip_by_global_norm(
 
     * A NaN in one leaf makes all leaves NaN, and an infinite gradient makes all others
       0, as in Optax and PyTorch. `optax.apply_if_finite` skips such a step.
+    * A max_norm that is scheduled to 0 makes all gradients 0, zeros included. The
+      derivative of the clipped gradients is finite everywhere, also at zero gradients,
+      where it is the identity (in Optax, NaN).
     * The gradients of frozen leaves count towards the norm, unless this link is inside
       :func:`adamw_jax.freeze_leaves`.
 
@@ -66,12 +69,18 @@ def clip_by_global_norm(
             g = jnp.asarray(g)
             return jnp.square(g.astype(compute_dtype(g.dtype))).sum().astype(dtype)
 
-        squares = map(square, jax.tree.leaves(grads))
-        norm = jnp.sqrt(sum(squares, jnp.zeros([], dtype))) + eps
+        total = sum(map(square, jax.tree.leaves(grads)), jnp.zeros([], dtype))
         limit = jnp.asarray(max_norm, dtype)
         map_leaves(lambda _, g: (g,), grads, {}, carried=0)  # refuses integer leaves
+        # Where a branch is not selected its operand is 1, because the derivative of the
+        # root at 0 and of 1 / norm below it is infinite, and 0 times infinity is NaN.
+        is_zero = total == 0
+        root = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, total)))
+        norm = root + eps
         # Comparisons with NaN are False, so a NaN norm reaches every leaf.
-        return jnp.where(norm < limit, 1, limit / norm), state
+        is_small = norm < limit
+        divisor = jnp.where(is_small | (norm == 0), 1, norm)
+        return jnp.where(is_small, 1, limit / divisor), state
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

@@ -10,6 +10,7 @@ from .._checks import check_choice, check_scalar, check_storage_dtype
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
+    are_all_none,
     compute_dtype,
     increment,
     map_leaves,
@@ -107,6 +108,10 @@ def scale_by_adam(
       $u = \sqrt{c_2}/c_1 \; m / (\sqrt{v + \epsilon_{root}} + \epsilon)$, as Keras,
       TensorFlow and PyTorch before 1.3 do, and hence the fast.ai article.
     * `nesterov` is Dozat's form, as in Optax. It is not PyTorch's NAdam.
+    * A leaf whose gradient is None keeps its moments, but the one count t goes on for
+      it. PyTorch counts per parameter: there, t stands still. Here it stands still only
+      if all gradients are None. For PyTorch's numbers give the leaves that are without
+      a gradient at the same steps an optimizer of their own, with `optax.partition`.
 
     Args:
         b1: decay of the first moment, in [0, 1): a number, a traced scalar, or a
@@ -167,6 +172,8 @@ def scale_by_adam(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params, extra_args
+        if are_all_none(updates):
+            return updates, state
         dtype = scalar_dtype((updates, state.mu))
         beta1 = beta_at("b1", b1, bias_correction, state.count, state.log_b1, dtype)
         beta2 = beta_at("b2", b2, bias_correction, state.count, state.log_b2, dtype)
@@ -255,6 +262,9 @@ def scale_by_amsgrad(
     still 6 times shorter than PyTorch's 200 steps later. The paper's first step is 3
     times as long as PyTorch's.
 
+    The count is shared by all leaves; a None gradient is treated as in
+    :func:`scale_by_adam`.
+
     Args:
         b1: decay of the first moment, in [0, 1): a number, a traced scalar or a
             schedule.
@@ -320,6 +330,8 @@ def scale_by_amsgrad(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
+        if are_all_none(updates):
+            return updates, state
         dtype = scalar_dtype((updates, state.mu))
         beta1 = beta_at("b1", b1, mode_mu, state.count, state.log_b1, dtype)
         beta2 = beta_at("b2", b2, mode_nu, state.count, state.log_b2, dtype)

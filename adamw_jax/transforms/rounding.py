@@ -26,8 +26,10 @@ def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
         bits: uint16 random bits, with the shape of x.
 
     Returns:
-        x in `dtype`; its expected value is x to 2^-16 of a spacing. NaN and infinity
-        are unchanged; a value above the largest of `dtype` may become infinite.
+        x in `dtype`; its expected value is x to 2^-16 of a spacing, and exactly x for
+        normal float16 and bfloat16 values made from float32, which has at most 16 bits
+        more. NaN and infinity are unchanged; a value above the largest of `dtype` may
+        become infinite, and XLA flushes values below 2^-126 to zero.
 
     Raises:
         TypeError: bits is not uint16.
@@ -47,11 +49,17 @@ def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
     info = jnp.finfo(dtype)
     _, exponent = jnp.frexp(x)  # |x| in [2^(e-1), 2^e)
     exponent = jnp.maximum(exponent - 1, int(info.minexp)) - int(info.nmant)
-    # XLA would flush a spacing that is subnormal in the dtype of x to zero.
-    spacing = jnp.ldexp(jnp.ones_like(x), jnp.maximum(exponent, -126))
+    # XLA would flush a spacing that is subnormal in the dtype of x to zero: both are
+    # scaled up first.
+    shift = jnp.where(exponent < int(jnp.finfo(x.dtype).minexp), 32, 0)
+    scale = jnp.where(shift == 0, 1, jnp.asarray(2.0**32, x.dtype))
+    spacing = jnp.ldexp(jnp.ones_like(x), exponent + shift)
+    steps = x * scale / spacing  # exact
+    below = jnp.floor(steps)
+    # The sum steps + uniform would be rounded: in float16 the two need 27 bits.
     uniform = bits.astype(x.dtype) * 2.0**-16
-    # Exact enough: x / spacing has at most nmant + 1 bits before the binary point.
-    rounded = jnp.floor(x / spacing + uniform) * spacing
+    up = uniform >= 1 - (steps - below)
+    rounded = (below + up.astype(x.dtype)) * spacing / scale
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
 
 

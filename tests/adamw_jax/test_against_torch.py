@@ -6,6 +6,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from reference import trajectory
@@ -211,3 +212,114 @@ def test_cosine_restarts(mult):
         assert ours == pytest.approx(opt.param_groups[0]["lr"], rel=1e-12)
         opt.step()
         scheduler.step()
+
+
+# ---------------------------------------------------------------------------
+# Parameters without a gradient in some steps
+# ---------------------------------------------------------------------------
+
+WITHOUT = (0, 3, 4, 8)  # the steps, of 12, in which one of two parameters has none
+SOMETIMES = {
+    "adamw": (torch.optim.AdamW, {}, aj.adamw, {"weight_decay": 0.1}),
+    "adam-l2": (torch.optim.Adam, {"weight_decay": 0.1}, aj.adam, {"l2": 0.1}),
+    "amsgrad": (
+        *(torch.optim.AdamW, {"amsgrad": True}),
+        *(aj.amsgrad, {"weight_decay": 0.1}),
+    ),
+    "sgd": (
+        *(torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        *(aj.sgd, {"momentum": 0.9, "l2": 0.1}),
+    ),
+}
+
+
+def sometimes_in_torch(name, cycled):
+    """The two parameters after 12 steps of a learning rate around .1."""
+    cls, options = SOMETIMES[name][:2]
+    params = {k: torch.nn.Parameter(torch.tensor(P0[:3])) for k in ("on", "off")}
+    options = {"weight_decay": 0.1} | options
+    opt = cls(list(params.values()), 0.1, **options, foreach=False)
+    scheduler = None
+    if cycled:
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, 20, **ONE_CYCLE)
+    for t in range(12):
+        for key, p in params.items():
+            skipped = key == "off" and t in WITHOUT
+            p.grad = None if skipped else torch.tensor(GRADS[t, :3])
+        opt.step()
+        if cycled:
+            scheduler.step()
+    return {key: p.detach().numpy() for key, p in params.items()}
+
+
+def sometimes_here(name, cycled, apart):
+    make, options = SOMETIMES[name][2:]
+    if name != "sgd":
+        options = options | {"bias_correction": "torch"}
+    elif cycled:
+        options = {"l2": 0.1}  # the phases drive the momentum
+    learning_rate = aj.one_cycle_torch(0.1, 20, **ONE_CYCLE) if cycled else 0.1
+    params = {key: jnp.asarray(P0[:3]) for key in ("on", "off")}
+    tx = make(learning_rate, **options)
+    if apart:
+        labels = {key: key for key in params}
+        tx = optax.partition(
+            {key: make(learning_rate, **options) for key in params}, labels
+        )
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(12):
+        g = jnp.asarray(GRADS[t, :3])
+        grads = {"on": g, "off": None if t in WITHOUT else g}
+        updates, state = update(grads, state, params)
+        params = aj.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("cycled", [False, True])
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_none_gradients_in_an_optimizer_of_their_own(x64, name, cycled):
+    """The count stands still, as in PyTorch for that parameter; schedules go on."""
+    theirs = sometimes_in_torch(name, cycled)
+    ours = sometimes_here(name, cycled, apart=True)
+    for key, expected in theirs.items():
+        np.testing.assert_allclose(ours[key], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_none_gradients_share_the_count_of_one_optimizer(x64, name):
+    """The difference from PyTorch that `scale_by_adam` names; SGD has no count."""
+    theirs = sometimes_in_torch(name, False)
+    ours = sometimes_here(name, False, apart=False)
+    np.testing.assert_allclose(ours["on"], theirs["on"], rtol=1e-12)
+    if name == "sgd":
+        np.testing.assert_allclose(ours["off"], theirs["off"], rtol=1e-12)
+        return
+    p, m, v, top = P0[:3].copy(), 0.0, 0.0, 0.0
+    for t in range(12):  # t goes on, nothing else does
+        if t in WITHOUT:
+            continue
+        g = GRADS[t, :3] + (0.1 * p if name == "adam-l2" else 0.0)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        top = np.maximum(top, v)
+        root = np.sqrt((top if name == "amsgrad" else v) / (1 - 0.999 ** (t + 1)))
+        decay = 0.0 if name == "adam-l2" else 0.1 * p
+        p = p - 0.1 * (m / (1 - 0.9 ** (t + 1)) / (root + 1e-8) + decay)
+    np.testing.assert_allclose(ours["off"], p, rtol=1e-12)
+    assert (np.abs(ours["off"] - theirs["off"]) > 1e-3).any()
+
+
+@pytest.mark.parametrize("name", ["adamw", "amsgrad"])
+def test_a_step_without_any_gradient(name):
+    """As in PyTorch it changes neither parameters nor moments, and counts nothing."""
+    tx = SOMETIMES[name][2](0.1, weight_decay=0.1)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    _, state = tx.update(params, tx.init(params), params)
+    nothing = {"a": None, "b": None}
+    _, by_update = jax.jit(tx.update)(nothing, state, params)
+    new, by_step = aj.update_and_apply(tx, nothing, state, params)
+    for after in (by_update, by_step):
+        jax.tree.map(
+            np.testing.assert_array_equal, after.inner_state, state.inner_state
+        )
+        assert int(after.step) == 2  # schedules go on, as PyTorch's scheduler
+    jax.tree.map(np.testing.assert_array_equal, new, params)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from inputs import FLAX, flat
 
 import adamw_jax as aj
@@ -59,7 +60,7 @@ def test_no_decay_on_bias_and_norm_in_flax():
     ],
 )
 def test_names_of_other_libraries(path, decays):
-    tree = jnp.ones(3)
+    tree = jnp.ones((3, 2))  # so that the shape excludes nothing
     for name in reversed(path.split("/")):
         tree = {name: tree}
     assert jax.tree.leaves(aj.no_decay_on_bias_and_norm(tree)) == [decays]
@@ -85,6 +86,122 @@ def test_nnx_paths_end_at_the_name():
         updates["dense"]["kernel"][...], -0.5 * params["dense"]["kernel"][...]
     )
     assert not updates["norm"]["scale"][...].any()
+
+
+class TorchNet(torch.nn.Module):
+    """Norms and other layers whose parameters are all called `weight`."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.layers = nn.Sequential(
+            nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 6, bias=False), nn.RMSNorm(6)
+        )
+        self.downsample = nn.Sequential(
+            nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+        )
+        self.branches = nn.ModuleList(
+            [nn.Sequential(nn.InstanceNorm1d(4, affine=True))]
+        )
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.memory = nn.LSTM(4, 3)
+        self.tokens = nn.Embedding(7, 4)
+        self.image = nn.Sequential(nn.LayerNorm((4, 5, 5)), nn.ConvTranspose1d(4, 4, 3))
+        self.head = nn.Linear(6, 4, bias=False)
+        self.act = nn.PReLU(4)
+
+
+TORCH_NORMS = (
+    torch.nn.LayerNorm,
+    torch.nn.RMSNorm,
+    torch.nn.GroupNorm,
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.PReLU,
+)
+
+
+def by_type(net):
+    """The usual mask, found by the type of the module instead of by name or shape."""
+    return {
+        f"{name}.{leaf}".replace(".", "/"): not (
+            isinstance(module, TORCH_NORMS) or "bias" in leaf
+        )
+        for name, module in net.named_modules()
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+
+
+@pytest.mark.parametrize("stacked", [(), (3,), (4,), (3, 2), (4, 4)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_against_the_types_of_pytorchs_modules(nested, stacked):
+    """Also for layers stacked once or twice, whatever the sizes."""
+    net = TorchNet()
+    expected, params = by_type(net), {}
+    assert not expected["layers/1/weight"] and not expected["downsample/1/weight"]
+    for name, p in net.named_parameters():
+        *modules, leaf = name.split(".") if nested else [name]
+        node = params
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = jax.ShapeDtypeStruct((*stacked, *p.shape), jnp.float32)
+    if nested:
+        mask = flat(aj.no_decay_on_bias_and_norm(params))
+    else:
+        mask = aj.no_decay_on_bias_and_norm(params)
+        mask = {name.replace(".", "/"): decays for name, decays in mask.items()}
+    assert mask == expected
+
+
+@pytest.mark.parametrize(
+    ("shapes", "decays"),
+    [
+        # Nothing is stacked: a matrix without bias, as wide as it is high or not.
+        ({"0/weight": (4, 4), "1/weight": (4,)}, {"0/weight"}),
+        ({"0/w": (4, 4), "0/b": (4,), "1/w": (4, 4)}, {"0/w", "1/w"}),
+        ({"temperature": (), "w": (3,), "p": (1, 3)}, {"p"}),
+        # Blocks of 12 layers, and a head or an embedding outside of them.
+        (
+            {"blocks/0/w": (12, 4, 4), "blocks/0/b": (12, 4), "blocks/1/w": (12, 4)},
+            {"blocks/0/w"},
+        ),
+        (
+            {"blocks/0/w": (12, 4, 8), "blocks/0/b": (12, 8), "head/w": (8, 12)},
+            {"blocks/0/w", "head/w"},
+        ),
+        (
+            {"blocks/0/w": (12, 4, 8), "blocks/1/scale": (12, 4), "e/w": (9, 4)},
+            {"blocks/0/w", "e/w"},
+        ),
+        # The biases of attention have two dimensions, and its kernels do not share one.
+        ({"q/w": (8, 2, 4), "q/b": (2, 4), "o/w": (2, 8)}, {"q/w", "o/w"}),
+        # Stacked without any bias: nothing says so.
+        (
+            {"blocks/0/w": (12, 4, 4), "blocks/1/w": (12, 4)},
+            {"blocks/0/w", "blocks/1/w"},
+        ),
+    ],
+)
+def test_the_shape_decides_where_the_name_says_nothing(shapes, decays):
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    mask = aj.no_decay_on_bias_and_norm(params)
+    assert {name for name, decay in mask.items() if decay} == decays
+    abstract = jax.eval_shape(lambda: params)
+    assert aj.no_decay_on_bias_and_norm(abstract) == mask
+    packed = aj.pack(params, aj.no_decay_on_bias_and_norm)
+    assert aj.no_decay_on_bias_and_norm(packed).tree == mask
+
+
+def test_a_numbered_norm_does_not_decay_in_an_update():
+    params = {
+        "layers": [{"weight": jnp.ones((2, 3))}, {"weight": jnp.ones(3), "extra": None}]
+    }
+    tx = aj.adamw(1.0, weight_decay=0.5, mask=aj.no_decay_on_bias_and_norm)
+    for p in (params, aj.pack(params, aj.no_decay_on_bias_and_norm)):
+        zeros = jax.tree.map(jnp.zeros_like, p)
+        updates, _ = jax.jit(tx.update)(zeros, tx.init(p), p)
+        linear, norm = aj.unpack(updates)["layers"]
+        np.testing.assert_array_equal(linear["weight"], -0.5)
+        np.testing.assert_array_equal(norm["weight"], 0)
 
 
 def test_mask_forms_agree():
@@ -146,12 +263,45 @@ def test_a_callable_module_as_mask():
 def test_describe_mask(capsys):
     aj.describe_mask(FLAX)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["decay", "shape", "path"]
-    assert "no     (3, 4)        layers/Dense_0/bias" in lines
-    assert "yes    (3, 4, 4)     layers/Dense_0/kernel" in lines
+    assert lines[0].split() == ["decay", "rule", "shape", "path"]
+    assert "no     name of leaf  (3, 4)        layers/Dense_0/bias" in lines
+    assert "yes    name of leaf  (3, 4, 4)     layers/Dense_0/kernel" in lines
     assert lines[-1] == "3 of 7 leaves decay, 104 of 136 parameters"
     aj.describe_mask(jax.eval_shape(lambda: FLAX), aj.mask_by_path("Conv"))
-    assert "1 of 7 leaves" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["decay", "shape", "path"]
+    assert "1 of 7 leaves" in lines[-1]
+    aj.describe_mask({"a": None}, None)
+    assert "0 of 0 leaves" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["arrays", "shapes", "packed", "packed shapes"])
+def test_describe_mask_says_by_which_rule(capsys, form):
+    params = {
+        "embed": {"w": jnp.zeros((7, 4))},
+        "layers": {
+            "0": {"weight": jnp.zeros((3, 4, 4)), "bias": jnp.zeros((3, 4))},
+            "1": {"weight": jnp.zeros((3, 4))},
+            "ln": {"weight": jnp.zeros((3, 4))},
+        },
+        "none": None,
+        "temperature": jnp.zeros(()),
+    }
+    if "packed" in form:
+        params = aj.pack(params, aj.no_decay_on_bias_and_norm)
+    if "shapes" in form:
+        params = jax.eval_shape(lambda: params)
+    aj.describe_mask(params)
+    assert capsys.readouterr().out.splitlines() == [
+        "decay  rule            shape      path",
+        "yes    shape           (7, 4)     embed/w",
+        "no     name of leaf    (3, 4)     layers/0/bias",
+        "yes    shape[1:]       (3, 4, 4)  layers/0/weight",
+        "no     shape[1:]       (3, 4)     layers/1/weight",
+        "no     name of module  (3, 4)     layers/ln/weight",
+        "no     shape           ()         temperature",
+        "2 of 6 leaves decay, 76 of 113 parameters",
+    ]
 
 
 @pytest.mark.parametrize(

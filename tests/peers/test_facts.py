@@ -245,3 +245,26 @@ def test_the_clipped_gradient_is_written(lenient):
     leaf.grad = grad = torch.ones(2)
     torch.nn.utils.clip_grad_norm_([leaf], 1.0)
     assert leaf.grad is grad and grad[0] < 1
+
+
+def test_the_derivative_of_clipping_at_zero_gradients():
+    def total(clip):
+        return lambda g: clip.update(g, clip.init(g))[0].sum()
+
+    zeros = jnp.zeros(2)
+    assert np.isnan(jax.grad(total(optax.clip_by_global_norm(1.0)))(zeros)).all()
+    ours = jax.grad(total(aj.clip_by_global_norm(1.0)))(zeros)
+    np.testing.assert_array_equal(ours, 1)
+    leaf = torch.zeros(2, requires_grad=True)
+    factor = torch.clamp(1 / (torch.linalg.vector_norm(leaf) + 1e-6), max=1)
+    (factor * leaf).sum().backward()
+    np.testing.assert_array_equal(leaf.grad, 1)
+
+
+def test_pytorchs_count_stands_still_without_a_gradient():
+    p, q = (torch.nn.Parameter(torch.ones(1)) for _ in "pq")
+    opt = torch.optim.AdamW([p, q])
+    for grad in (torch.ones(1), None, torch.ones(1)):
+        p.grad, q.grad = torch.ones(1), grad
+        opt.step()
+    assert float(opt.state[p]["step"]) == 3 and float(opt.state[q]["step"]) == 2

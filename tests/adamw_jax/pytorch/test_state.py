@@ -395,6 +395,32 @@ def test_counts_that_differ(x64):
     assert sorted(steps.values()) == [9, 13, 16, 16, 16, 16]
 
 
+def test_counts_stand_still_without_a_gradient(x64):
+    """For leaves that had none before, and so have an optimizer of their own."""
+    net, opt, _ = torch_setup("adamw")
+    torch_train(net, opt, None, 2, skip=("norm.bias",))
+    torch_train(net, opt, None, 2)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    tx, state = aj.optimizer_from_torch_state_dict(opt.state_dict(), params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(loss_fn)(params, jnp.asarray(X), jnp.asarray(Y))
+        grads["norm"]["bias"] = None
+        updates, state = tx.update(grads, state, params)
+        return aj.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, 3, skip=("norm.bias",))
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+    dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
+    steps = sorted(int(entry["step"]) for entry in dumped["state"].values())
+    assert steps == [2 + AFTER, *(5 * [7 + AFTER])]
+
+
 def test_a_parameter_without_gradient_in_sgd_has_a_buffer_of_zeros(x64):
     net, opt, _ = torch_setup("sgd-momentum")
     torch_train(net, opt, None, BEFORE, skip=("norm.bias",))
@@ -421,6 +447,329 @@ def test_parameters_in_no_group_are_frozen(x64):
     assert_same_run_of(read_back(after).fc2, net.fc2)
     dumped = aj.to_torch_state_dict(state, params, opt.state_dict()["param_groups"])
     assert list(dumped["state"]) == [0, 1]
+
+
+PLAIN_SGD = [
+    {"params": ["fc1.weight"], "weight_decay": 0.3},
+    {"params": ["fc2.weight", "norm.weight"], "weight_decay": 0.1, "lr": LR / 3},
+    {"params": ["fc1.bias", "fc2.bias", "norm.bias"]},
+]
+
+
+def torch_groups(options, **defaults):
+    """A network and SGD with these groups, in which parameters are named."""
+    net = Net()
+    named = dict(net.named_parameters())
+    groups = [
+        group | {"params": [(name, named[name]) for name in group["params"]]}
+        for group in options
+    ]
+    return net, torch.optim.SGD(groups, LR, **defaults)
+
+
+def read_into(net, opt, params, dumped):
+    net.load_state_dict(aj.params_to_torch_state_dict(params, list(net.state_dict())))
+    opt.load_state_dict(dumped)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_sgd_without_momentum_and_several_decays(x64, maximize):
+    """It has no moments that say which leaves a state trains; there and back."""
+    net, opt = torch_groups(PLAIN_SGD, maximize=maximize)
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    there = opt.state_dict()
+    tx, state = aj.optimizer_from_torch_state_dict(there, params, step=BEFORE)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    assert dumped["param_groups"] == there["param_groups"]
+    state = aj.override_hyperparams(state, learning_rate=2 * LR, weight_decay=0.6)
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    decays = [group["weight_decay"] for group in dumped["param_groups"]]
+    assert decays == pytest.approx([0.6, 0.2, 0], rel=1e-14)
+    rates = [group["lr"] for group in dumped["param_groups"]]
+    assert rates == pytest.approx([2 * LR, 2 * LR / 3, 2 * LR], rel=1e-14)
+    net, opt = torch_groups(PLAIN_SGD, maximize=maximize)
+    read_into(net, opt, params, dumped)
+    torch_train(net, opt, None, AFTER)
+    params, _ = jax_train(tx, params, state, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+@pytest.mark.parametrize("form", ["tree", "function"])
+def test_labels_say_what_sgd_without_momentum_trains(x64, form):
+    """An optimizer that a user has built with `optax.partition`."""
+    net, opt = torch_groups(PLAIN_SGD)
+    there = opt.state_dict()
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    labels = aj.labels_by_path(
+        {"a": "fc1/kernel", "b": "fc2/kernel|norm/scale", "c": "bias"}
+    )
+    labels = labels(params) if form == "tree" else labels
+    parts = {"c": aj.sgd(0.5), "b": aj.sgd(0.25, l2=0.2), "a": aj.sgd(0.125, l2=0.4)}
+    tx = optax.partition(parts, labels)
+    state = aj.from_torch_state_dict(
+        there, tx.init(params), params, step=3, labels=labels
+    )
+    for label, rate in {"a": LR, "b": LR / 3, "c": LR}.items():
+        part = state.inner_states[label]
+        assert float(aj.current_hyperparams(part)["learning_rate"]) == rate
+    _, state = tx.update(params, state, params)
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"], labels=labels)
+    groups = dumped["param_groups"]
+    assert [group["lr"] for group in groups] == [0.125, 0.25, 0.5]
+    assert [group["weight_decay"] for group in groups] == [0.4, 0.2, 0]
+    with pytest.raises(ValueError, match="pass the labels of optax.partition"):
+        aj.to_torch_state_dict(state, params, there["param_groups"])
+
+
+def test_momentum_in_some_groups_only(x64):
+    """The state without moments trains what no other state does."""
+    groups = [PLAIN_SGD[0] | {"momentum": 0.9}, PLAIN_SGD[1], PLAIN_SGD[2]]
+    net, opt = torch_groups(groups)
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    there = opt.state_dict()
+    tx, state = aj.optimizer_from_torch_state_dict(there, params, step=BEFORE)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    assert dumped["param_groups"] == there["param_groups"]
+    net, opt = torch_groups(groups)
+    read_into(net, opt, params, dumped)
+    torch_train(net, opt, None, AFTER)
+    params, _ = jax_train(tx, params, state, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+# ---------------------------------------------------------------------------
+# What is not PyTorch's, or not in one ratio
+# ---------------------------------------------------------------------------
+
+# Groups of optimizers that have Adam's or SGD's options and more, mostly timm's.
+TORCH_ADAM = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+TORCH_ADAM |= {"amsgrad": False}
+TORCH_SGD = {"lr": LR, "momentum": 0.9, "dampening": 0, "weight_decay": 0.0}
+TORCH_SGD |= {"nesterov": False}
+FOREIGN = {
+    "LARS": TORCH_SGD | {"trust_coeff": 0.001, "eps": 1e-8, "trust_clip": False},
+    "SGDW": TORCH_SGD | {"caution": False, "maximize": False},
+    "SGD with betas": TORCH_SGD | {"capturable": False},
+    "AdamW of timm": TORCH_ADAM | {"corrected_weight_decay": False, "caution": True},
+    "AdaBelief": TORCH_ADAM | {"weight_decouple": True, "rectify": True},
+    "NAdam of timm": TORCH_ADAM | {"schedule_decay": 0.004},
+    "apex": TORCH_ADAM | {"bias_correction": True, "step": 7},
+}
+OPTION = ("trust_coeff, eps, trust_clip", "caution", "capturable")
+OPTION += ("corrected_weight_decay, caution", "weight_decouple, rectify")
+OPTION += ("schedule_decay", "bias_correction, step")
+
+
+@pytest.mark.parametrize(("name", "options"), list(zip(FOREIGN, OPTION, strict=True)))
+def test_options_that_pytorch_does_not_have(lenient, name, options):
+    """They change the update, also before the first one, when there are no moments."""
+    params = {"w": jnp.zeros(2)}
+    there = {"state": {}, "param_groups": [FOREIGN[name] | {"params": [0]}]}
+    tx = aj.sgd(LR, 0.9) if "momentum" in FOREIGN[name] else aj.adam(LR)
+    for convert in (
+        lambda: aj.from_torch_state_dict(
+            there, tx.init(params), params, names=["w"], step=0
+        ),
+        lambda: aj.optimizer_from_torch_state_dict(
+            there, params, names=["w"], step=0, decoupled=False
+        ),
+        lambda: aj.to_torch_state_dict(
+            tx.init(params), params, there["param_groups"], names=["w"]
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"a group with {options}, which") as error:
+            convert()
+        assert "\n" not in str(error.value)
+
+
+SCHEDULERS = {
+    "none": lambda opt: None,
+    "one cycle": lambda opt: torch.optim.lr_scheduler.OneCycleLR(
+        opt, [1.0, 0.3], total_steps=30
+    ),
+    "cyclic": lambda opt: torch.optim.lr_scheduler.CyclicLR(
+        opt, [0.1, 0.03], [1.0, 0.3]
+    ),
+    "cosine": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 30),
+    "exponential": lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, 0.9),
+    "warm-up": lambda opt: torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=9),
+    "steps": lambda opt: torch.optim.lr_scheduler.MultiStepLR(opt, [3, 9]),
+    "lambda": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t)),
+    "averaging": lambda opt: torch.optim.swa_utils.SWALR(opt, [0.5, 0.15]),
+}
+NOT_IN_RATIO = {
+    "eta_min": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(
+        opt, 30, eta_min=1e-3
+    ),
+    "restarts": lambda opt: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        opt, 20, eta_min=1e-6
+    ),
+    "two functions": lambda opt: torch.optim.lr_scheduler.LambdaLR(
+        opt, [lambda t: 1.0, lambda t: 0.99**t]
+    ),
+    "peaks": lambda opt: torch.optim.lr_scheduler.CyclicLR(
+        opt, [0.1, 0.03], [1.0, 0.1], cycle_momentum=False
+    ),
+    "averaging": lambda opt: torch.optim.swa_utils.SWALR(opt, 0.5),
+}
+
+
+def two_rates(cls, make_scheduler, steps, tensor_lr=False):
+    """A state dict with groups at .1 and .03, after some steps with a scheduler."""
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in "ab"]
+    rates = [torch.tensor(rate) if tensor_lr else rate for rate in (0.1, 0.03)]
+    groups = [
+        {"params": [(name, p)], "lr": rate}
+        for name, p, rate in zip("ab", parameters, rates, strict=True)
+    ]
+    opt = cls(groups, **({"momentum": 0.9} if cls is torch.optim.SGD else {}))
+    scheduler = make_scheduler(opt)
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = torch.ones(2)
+        opt.step()
+        if scheduler is not None:
+            scheduler.step()
+    return opt.state_dict()
+
+
+def continue_at(there, **kwargs):
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    tx, state = aj.optimizer_from_torch_state_dict(there, params, step=9, **kwargs)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    return updates
+
+
+DRIVEN = [(name, cls, False) for name in SCHEDULERS for cls in ("Adam", "AdamW", "SGD")]
+DRIVEN += [(name, "AdamW", True) for name in SCHEDULERS if name != "averaging"]
+QUICK_DRIVEN = [
+    *(
+        ("none", "AdamW", False),
+        ("one cycle", "AdamW", False),
+        ("cosine", "SGD", False),
+    ),
+    *(
+        ("cyclic", "Adam", False),
+        ("averaging", "SGD", False),
+        ("cosine", "AdamW", True),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "tensor_lr"), matrix(DRIVEN, quick=QUICK_DRIVEN)
+)
+def test_all_groups_that_pytorch_makes_are_accepted(x64, lenient, name, cls, tensor_lr):
+    there = two_rates(getattr(torch.optim, cls), SCHEDULERS[name], 9, tensor_lr)
+    updates = continue_at(there, learning_rate=0.5)
+    # Constant gradients: both parameters move in the ratio of their rates.
+    ratio = float((updates["b"] / updates["a"])[0])
+    assert ratio == pytest.approx(0.3, rel=1e-5 if tensor_lr else 1e-9)
+
+
+@pytest.mark.parametrize("name", NOT_IN_RATIO)
+def test_rates_that_are_not_in_a_constant_ratio(lenient, name):
+    there = two_rates(torch.optim.AdamW, NOT_IN_RATIO[name], 9)
+    with pytest.raises(ValueError, match="have no constant ratio: they were 0.1 and"):
+        continue_at(there, learning_rate=0.5)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    state = aj.adamw(0.5).init(params)
+    with pytest.raises(ValueError, match="have no constant ratio"):
+        aj.to_torch_state_dict(state, params, there["param_groups"])
+
+
+def test_a_group_that_no_scheduler_drives(lenient):
+    there = two_rates(torch.optim.AdamW, SCHEDULERS["exponential"], 9)
+    del there["param_groups"][1]["initial_lr"]
+    with pytest.raises(ValueError, match="drives only some of the groups"):
+        continue_at(there, learning_rate=0.5)
+
+
+def test_timms_scale_of_the_rate(x64, lenient):
+    """timm's schedulers multiply their rate by lr_scale, which initial_lr is not."""
+    there = two_rates(torch.optim.AdamW, SCHEDULERS["none"], 9)
+    for group, scale in zip(there["param_groups"], (0.5, 0.05), strict=True):
+        group |= {"initial_lr": 0.2, "lr_scale": scale, "lr": 0.13 * scale}
+    updates = continue_at(there, learning_rate=0.5)
+    assert float((updates["b"] / updates["a"])[0]) == pytest.approx(0.1, rel=1e-9)
+
+
+def test_a_schedule_for_each_group(x64):
+    """The way out that the error names continues as PyTorch does."""
+
+    def setup():
+        net = Net()
+        named = list(net.named_parameters())
+        groups = [
+            {"params": [(n, p) for n, p in named if p.ndim > 1]},
+            {"params": [(n, p) for n, p in named if p.ndim == 1], "lr": LR / 10},
+        ]
+        opt = torch.optim.AdamW(groups, LR, weight_decay=DECAY)
+        return net, opt, torch.optim.lr_scheduler.CosineAnnealingLR(opt, 30, LR / 50)
+
+    net, opt, scheduler = setup()
+    torch_train(net, opt, scheduler, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    there = opt.state_dict()
+    with pytest.raises(ValueError, match=r"optax\.partition.* from_torch_state_dict"):
+        aj.optimizer_from_torch_state_dict(there, params, learning_rate=LR)
+
+    def cosine(peak):
+        low = LR / 50
+        scale = (peak - low) / 2
+        return lambda t: low + scale * (1 + jnp.cos(t.astype(float) * jnp.pi / 30))
+
+    tx = optax.partition(
+        {
+            label: aj.adamw(cosine(peak), weight_decay=DECAY, bias_correction="torch")
+            for label, peak in {"matrix": LR, "vector": LR / 10}.items()
+        },
+        jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "vector", params),
+    )
+    state = aj.from_torch_state_dict(there, tx.init(params), params)
+    params, state = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, scheduler, AFTER)
+    assert_same_run(read_back(params), net)
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    for group, expected in zip(dumped["param_groups"], opt.param_groups, strict=True):
+        assert group["lr"] == pytest.approx(expected["lr"], rel=1e-12)
+
+
+def test_moments_without_a_step(x64):
+    """fairseq and apex count elsewhere; as the first step it would be far off."""
+    net, opt, _ = torch_setup("adamw")
+    torch_train(net, opt, None, BEFORE)
+    params = aj.params_from_torch_state_dict(net.state_dict(), empty(jnp.float64))
+    there = copy.deepcopy(opt.state_dict())
+    for entry in there["state"].values():
+        del entry["step"]
+    message = r"fc1/kernel: its state has no step, .*\['state'\]\[0\]\['step'\]"
+    with pytest.raises(ValueError, match=message):
+        aj.optimizer_from_torch_state_dict(there, params)
+    with pytest.raises(ValueError, match=message):
+        aj.from_torch_state_dict(there, aj.adamw(LR).init(params), params, step=7)
+    for entry in there["state"].values():  # as the message says
+        entry["step"] = BEFORE
+    tx, state = aj.optimizer_from_torch_state_dict(there, params)
+    params, _ = jax_train(tx, params, state, AFTER)
+    torch_train(net, opt, None, AFTER)
+    assert_same_run(read_back(params), net)
+
+
+def test_parameters_without_a_gradient_have_no_step(lenient):
+    there = torch.optim.AdamW([torch.zeros(2)]).state_dict()
+    for entry in ({}, {"exp_avg": None, "exp_avg_sq": None}):
+        state = from_torch({**there, "state": {0: entry}}, aj.adamw(1.0))
+        assert int(state.inner_state[0].count) == 0
 
 
 def assert_same_run_of(module, stayed):
@@ -939,6 +1288,12 @@ def two_groups(key, first, second):
 
 
 REFUSED = {
+    "leaf w: has a step, which PyTorch's SGD does not": lambda: from_torch(
+        sgd_dict(momentum=0.9)
+        | {"state": {0: {"step": 3, "momentum_buffer": np.ones(2)}}},
+        aj.sgd(1.0, 0.9),
+        step=3,
+    ),
     "names must be given": lambda: from_torch(one(["w"]), aj.adamw(1.0), names=None),
     "names must be 1 names": lambda: from_torch(
         one(["w"]), aj.adamw(1.0), names=["w", "v"]

@@ -127,6 +127,83 @@ def test_a_scheduled_norm():
         np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("gradient", [0.0, 5.0])
+def test_a_norm_that_is_scheduled_to_zero(gradient, eps):
+    """PyTorch clips to 0 as well; its eps keeps 0 / 0 away."""
+    tx = aj.with_hyperparams(
+        lambda max_norm: aj.clip_by_global_norm(max_norm, eps=eps),
+        max_norm=lambda step: jnp.maximum(0.0, 1.0 - step.astype(float)),
+    )
+    grads = {"a": jnp.full(2, gradient), "b": jnp.array(gradient)}
+    state, update = tx.init(grads), jax.jit(tx.update)
+    first, state = update(grads, state)
+    norm = np.sqrt(3 * gradient**2)
+    compare(first, jax.tree.map(lambda g: g / max(norm, 1), grads), rtol=2e-6)
+    second, state = update(grads, state)
+    compare(second, jax.tree.map(jnp.zeros_like, grads))
+    leaf = torch.zeros(3)
+    leaf.grad = torch.full((3,), gradient)
+    torch.nn.utils.clip_grad_norm_([leaf], 0.0)
+    np.testing.assert_array_equal(second["a"], leaf.grad.numpy()[:2])
+    # The same as the factor that update_and_apply hands to AdamW.
+    optimizer = aj.chain(tx, aj.adamw(0.1, weight_decay=0.0))
+    start = (state, optimizer.init(grads)[1])
+    step = jax.jit(lambda *args: aj.update_and_apply(optimizer, *args))
+    compare(step(grads, start, grads)[0], grads)
+
+
+def jacobian_by_hand(g, max_norm, eps):
+    """I inside the ball; outside n / (|g| + eps) (I - g g' / (|g| (|g| + eps)))."""
+    norm = np.linalg.norm(g)
+    if norm + eps < max_norm:
+        return np.eye(len(g))
+    if max_norm == 0:
+        return np.zeros((len(g), len(g)))
+    outer = np.outer(g, g) / (norm * (norm + eps))
+    return max_norm / (norm + eps) * (np.eye(len(g)) - outer)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize(
+    "g",
+    [(0.0, 0.0, 0.0), (1e-30, 0.0, 0.0), (1e-25, 2e-25, 0.0), (1.0, -2.0, 0.5)],
+)
+def test_the_derivative_of_clipping(g, max_norm, eps):
+    """At zero gradients, and at those whose squares vanish in float32, too."""
+
+    @jax.jit
+    def clipped(g, max_norm):
+        tx = aj.clip_by_global_norm(max_norm, eps=eps)
+        return tx.update({"a": g}, tx.init(None))[0]["a"]
+
+    g, max_norm = jnp.array(g), jnp.float32(max_norm)
+    jacobians = jax.jacrev(clipped)(g, max_norm), jax.jacfwd(clipped)(g, max_norm)
+    expected = jacobian_by_hand(np.asarray(g, float), float(max_norm), eps)
+    for jacobian in jacobians:
+        np.testing.assert_allclose(jacobian, expected, rtol=1e-5, atol=1e-6)
+    hessian = jax.jacfwd(jax.jacrev(clipped))(g, max_norm)
+    assert np.isfinite(hessian).all()
+
+
+def test_the_derivative_of_clipping_in_pytorch(x64):
+    def loss(g):
+        tx = aj.clip_by_global_norm(1.0, eps=1e-6)
+        return jnp.sin(tx.update(g, tx.init(g))[0]).sum()
+
+    def torch_loss(g):
+        norm = torch.linalg.vector_norm(g)
+        return torch.sin(g * torch.clamp(1.0 / (norm + 1e-6), max=1.0)).sum()
+
+    for g in ((0.0, 0.0), (0.3, 0.4), (3.0, -4.0)):
+        leaf = torch.tensor(g, dtype=float, requires_grad=True)
+        torch_loss(leaf).backward()
+        np.testing.assert_allclose(
+            jax.jit(jax.grad(loss))(jnp.array(g)), leaf.grad.numpy(), rtol=1e-12
+        )
+
+
 def test_clipping_adds_one_read_of_the_gradients():
     """XLA materialises the gradients that Optax clips; ours are only read."""
     size = 100_000

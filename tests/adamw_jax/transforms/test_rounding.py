@@ -137,6 +137,57 @@ def test_random_bits_of_updates_differ_between_leaves_and_steps():
         assert 0.3 < float((one == other).mean()) < 0.7
 
 
+@jax.jit(static_argnums=1)
+def every_rounding(x, dtype):
+    """Of each x by all 2^16 bits: the least, the greatest, how often the greatest."""
+    bits = jnp.arange(2**16, dtype=jnp.uint16)
+
+    def one(x):
+        rounded = aj.stochastic_round(jnp.full(bits.shape, x), dtype, bits)
+        rounded = rounded.astype(x.dtype)
+        return rounded.min(), rounded.max(), (rounded == rounded.max()).sum()
+
+    return jax.lax.map(one, x)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        (jnp.float16, "float32"),
+        (jnp.bfloat16, "float32"),
+        (jnp.float8_e5m2, "float32"),
+        (jnp.bfloat16, "float64"),
+        (jnp.float32, "float64"),
+    ],
+)
+def test_no_bias_at_any_spacing(x64, dtype, wide, sign):
+    """The average over all bits, at every exponent and in the subnormals."""
+    info = jnp.finfo(dtype)
+    lowest = int(info.minexp)
+    if lowest > -126:  # XLA flushes the subnormals of bfloat16 and float32
+        lowest -= int(info.nmant)
+    exponents = np.arange(lowest, int(info.maxexp))
+    mantissas = np.random.default_rng(0).uniform(1, 2, size=exponents.size)
+    values = (sign * np.ldexp(mantissas, exponents)).astype(wide)
+    values = values[np.abs(values) < float(info.max)]
+    low, high, ups = map(np.asarray, every_rounding(jnp.asarray(values), dtype))
+
+    exact, low, high = (a.astype(np.float64) for a in (values, low, high))
+    exponents = np.maximum(np.frexp(exact)[1] - 1, int(info.minexp))
+    spacing = np.ldexp(1.0, exponents - int(info.nmant))
+    floor = np.floor(exact / spacing) * spacing
+    np.testing.assert_array_equal(low, floor)
+    up = np.where(high == floor, 0.0, ups / 2**16)  # below 2^-16 it never rounds up
+    np.testing.assert_array_equal(high[up > 0], (floor + spacing)[up > 0])
+    bias = up - (exact - floor) / spacing
+    assert np.abs(bias).max() <= 2.0**-16
+    if wide == "float32":  # 24 bits: exact wherever dtype and the bits hold them
+        normal = np.abs(exact) >= float(info.tiny)
+        enough = int(info.nmant) + 1 + 16 >= 24
+        assert not enough or (bias[normal] == 0).all()
+
+
 def test_bits_of_another_dtype():
     with pytest.raises(TypeError, match="uint16"):
         aj.stochastic_round(jnp.ones(1), jnp.bfloat16, jnp.zeros(1, jnp.uint32))
