@@ -240,8 +240,8 @@ def to_torch_state_dict(
     names: Sequence[str] | None = None,
     rename: Rename = None,
     layout: Layout = flax_layout,
-    tx: optax.GradientTransformation | None = None,
     labels: Any = None,
+    tx: optax.GradientTransformation | None = None,
 ) -> dict[str, Any]:
     """Makes the dict that `load_state_dict` of `torch.optim`'s optimizers accepts.
 
@@ -276,9 +276,9 @@ def to_torch_state_dict(
             :func:`from_torch_state_dict`.
         rename: from PyTorch's names to paths, as a function or a dict.
         layout: converts arrays; the default knows Flax's kernels.
+        labels: as for :func:`from_torch_state_dict`.
         tx: the optimizer that `state` is of, for the values of the next update: it
             updates a copy of the state once, with zero gradients.
-        labels: as for :func:`from_torch_state_dict`.
 
     Returns:
         `{"state": {number: {...}}, "param_groups": [...]}`, with tensors (needs
@@ -287,10 +287,9 @@ def to_torch_state_dict(
     Raises:
         ValueError: all mismatches in one message: a leaf with moments but without a
             name; two states for one leaf; groups of another optimizer, or whose
-            `amsgrad` or `momentum` contradicts the moments; or the learning rate has
-            changed, and a scheduler has changed the ratio between the groups; or no
-            state with hyperparameters trains a group.
-            Or a scheduler drives the groups and there is no tx.
+            `amsgrad` or `momentum` contradicts the moments; or no state with
+            hyperparameters trains a group. Or a scheduler drives the groups and there
+            is no tx, or has changed the ratio of their learning rates.
 
     Example:
         >>> import jax.numpy as jnp

@@ -682,9 +682,9 @@ def test_rates_that_are_not_in_a_constant_ratio(lenient, name):
     with pytest.raises(ValueError, match="have no constant ratio: they were 0.1 and"):
         continue_at(there, learning_rate=0.5)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
-    state = aj.adamw(0.5).init(params)
+    tx = aj.adamw(0.5)
     with pytest.raises(ValueError, match="have no constant ratio"):
-        aj.to_torch_state_dict(state, params, there["param_groups"])
+        aj.to_torch_state_dict(tx.init(params), params, there["param_groups"], tx=tx)
 
 
 def test_a_group_that_no_scheduler_drives(lenient):
@@ -739,7 +739,7 @@ def test_a_schedule_for_each_group(x64):
     params, state = jax_train(tx, params, state, AFTER)
     torch_train(net, opt, scheduler, AFTER)
     assert_same_run(read_back(params), net)
-    dumped = aj.to_torch_state_dict(state, params, there["param_groups"])
+    dumped = aj.to_torch_state_dict(state, params, there["param_groups"], tx=tx)
     for group, expected in zip(dumped["param_groups"], opt.param_groups, strict=True):
         assert group["lr"] == pytest.approx(expected["lr"], rel=1e-12)
 

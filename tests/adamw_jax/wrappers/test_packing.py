@@ -163,8 +163,8 @@ def test_what_lies_where():
     assert paths == ["['float32/False']", "['float32/True']", "['large/kernel']"]
     assert repr(flat) == (
         "7 leaves, 1 of them not packed\n"
-        "float32/False: 2 leaves in (1024,)\n"
-        "float32/True: 4 leaves in (1024,)"
+        "float32/False: 3 leaves in (1024,)\n"
+        "float32/True: 3 leaves in (1024,)"
     )
 
 
