@@ -8,9 +8,11 @@ BIN := $(VENV)/bin
 # without it in the demo: make demo TORCH=
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# A file of tests stays on one worker, which then compiles its programs once.
+# A file of tests stays on one worker, which then compiles its programs once. Files are
+# run in the order of tests/conftest.py, the longest first.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+	--no-loadscope-reorder --durations 15
 # `make check` tests what differs from this commit: make check BASE=main
 BASE ?= HEAD
 

@@ -53,6 +53,11 @@ settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile("quick")  # --hypothesis-profile full loads the other
 
 
+def pytest_collection_modifyitems(items):
+    """The scripts first: their files take longest, and a file stays on one worker."""
+    items.sort(key=lambda item: item.path.parent.name != "train")
+
+
 @pytest.fixture(autouse=True)
 def strict():
     chex.clear_trace_counter()  # chex.assert_max_traces counts within one test

@@ -128,6 +128,7 @@ class Net(nnx.Module):
         return self.head(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
 
 
+@pytest.mark.slow
 def test_a_network_with_state_is_a_loop_over_nnx(lenient):
     net, steps = Net(nnx.Rngs(0)), 25
     graphdef, params, state = nnx.split(net, nnx.Param, ...)

@@ -41,7 +41,7 @@ SAME_AS_OPTAX = {
 
 @pytest.mark.parametrize(
     "name",
-    matrix(list(SAME_AS_OPTAX), quick=["adam", "nadamw", "nesterov", "scheduled"]),
+    matrix(list(SAME_AS_OPTAX), quick=["adam", "nadamw", "scheduled"]),
 )
 def test_numbers_of_optax(x64, lenient, name):
     ours, theirs = (path(SAME_AS_OPTAX[name](lib)) for lib in (aj, optax))

@@ -250,6 +250,7 @@ def test_published_accuracy_is_reported_for_the_published_task_only(
     assert results["article"] == recipe.ARTICLE
 
 
+@pytest.mark.slow
 def test_own_model_as_weights(finished, folder, tmp_path):
     """A run can start from the body that another run has written."""
     model = finished[1] / "model-0.safetensors"
@@ -294,9 +295,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "after", [*(pytest.param(n, marks=slow) for n in (1, 2, 3)), 4]
-)
+@pytest.mark.parametrize("after", [pytest.param(n, marks=slow) for n in (1, 2, 3, 4)])
 def test_a_killed_run_ends_with_the_same_bits(
     finished, folder, body, tmp_path, monkeypatch, after
 ):

@@ -26,6 +26,7 @@ def run(tmp_path_factory, fast_compile):
     return folder / "run", results
 
 
+@pytest.mark.slow
 def test_switching_libraries_changes_nothing(run):
     _, results = run
     losses, stayed = np.array(results["losses"]), np.array(results["stayed"])
@@ -40,6 +41,7 @@ def test_switching_libraries_changes_nothing(run):
     assert abs(without[1] - losses[4]) > 1e-3
 
 
+@pytest.mark.slow
 def test_files(run):
     folder, results = run
     written = json.loads((folder / "results.json").read_text())

@@ -325,6 +325,7 @@ def test_other_devices_are_mentioned(run, copied, capsys):
     assert results["devices"] == "1 x abacus and 2 x cpu"
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run_and_keeps_what_there_is(run, tmp_path):
     changes = {"optimizer": "sgd", "learning_rate": 1e6, "div": 1.0} | SIMPLE
     message = r"seed 0 diverged at step \d+: loss .*, learning rate 1e\+06"

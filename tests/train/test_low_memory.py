@@ -34,6 +34,7 @@ def two_of_ours(monkeypatch):
         monkeypatch.delitem(low_memory.OPTIMIZERS, name)
 
 
+@pytest.mark.slow
 def test_the_table(cifar_dir, tmp_path, monkeypatch, capsys, two_of_ours):
     pytest.importorskip("torch")
     for module in ("torchao", "bitsandbytes"):

@@ -314,6 +314,7 @@ def test_vmap():
     assert_close(got, expected, ulps=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "derivative",
     [
@@ -442,6 +443,7 @@ def test_shard_map(check_vma):
     assert_close(step(p, state, p), program("step", tx)(p, state, p), ulps=1)
 
 
+@pytest.mark.slow
 def test_a_state_goes_from_one_way_to_the_other():
     tx = aj.adamw(CYCLE)
     p, state = trajectory("step", tx, PARAMS, GRADS[:10])
@@ -502,6 +504,7 @@ def test_clipped(lenient, name):
     assert_close(at_once, two, ulps=50)
 
 
+@pytest.mark.slow
 def test_clipped_with_moments_in_eight_bits(lenient):
     """A code may round the other way where the last bit of a gradient differs."""
     tx = aj.chain(CLIP, aj.quantize_moments(aj.adamw(CYCLE)))

@@ -204,6 +204,7 @@ def test_started_in_jax(x64, name, schedule):
     assert_same_run(net, stayed)
 
 
+@pytest.mark.slow
 def test_exact_correction_survives_a_visit(x64):
     """A visit to PyTorch's dict changes nothing under a cycled b1."""
     _, opt, scheduler = torch_setup("adamw", "onecycle")
@@ -220,6 +221,7 @@ def test_exact_correction_survives_a_visit(x64):
         assert jnp.abs(p - q).max() <= 1e-12 * jnp.abs(q - p0).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_phases_that_drive_the_decay(x64, decoupled):
     """They drive the group that decays."""
@@ -275,6 +277,7 @@ def test_state_dicts_without_decoupled_weight_decay(x64):
     assert_same_run(read_back(params), net)
 
 
+@pytest.mark.slow
 def test_a_custom_optimizer(x64):
     """Groups as an explicit mask and multipliers, after clipping."""
     net, opt, _ = torch_setup("adamw")

@@ -62,7 +62,6 @@ def _drift(high, low, big, b1, b2, make):
         quick=[
             ("exact", False, "scheduled"),
             ("torch", True, "scheduled"),
-            ("none", True, "constant"),
         ],
     ),
 )

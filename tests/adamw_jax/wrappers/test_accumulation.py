@@ -574,6 +574,7 @@ def test_params_are_optional():
     np.testing.assert_allclose(updates["a"], -0.1 * jnp.sign(P["a"]), rtol=1e-6)
 
 
+@pytest.mark.slow
 @both_ways
 def test_two_devices(step):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

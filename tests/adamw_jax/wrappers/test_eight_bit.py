@@ -362,6 +362,7 @@ def test_against_float32_adam(stochastic):
     )
 
 
+@pytest.mark.slow
 def test_a_second_moment_decays():
     """One unit gradient, then 2000 zeros: nu = .001 * .999^2000.
 

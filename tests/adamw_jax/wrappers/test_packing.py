@@ -256,6 +256,7 @@ def test_states_there_and_back(lenient, name):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
+@pytest.mark.slow
 def test_blocks_that_cross_the_leaves():
     """They train, and are not taken for blocks of the leaves."""
     params = {"a": jnp.ones((64, 8)), "b": jnp.ones((16, 64))}
@@ -299,6 +300,7 @@ def mesh():
     return jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
 
 
+@pytest.mark.slow
 def test_a_sharded_leaf_keeps_its_place():
     shard = NamedSharding(mesh(), PartitionSpec("data"))
     params = jax.device_put(params_of(), NamedSharding(mesh(), PartitionSpec()))

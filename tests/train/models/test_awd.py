@@ -161,7 +161,7 @@ def test_initial_values(kind):
     ("kind", "masked"),
     [
         ("lstm", True),
-        ("qrnn", True),
+        pytest.param("qrnn", True, marks=pytest.mark.slow),
         pytest.param("lstm", False, marks=pytest.mark.slow),
         pytest.param("qrnn", False, marks=pytest.mark.slow),
     ],
@@ -185,8 +185,13 @@ def test_outputs_are_those_of_pytorch(kind, masked):
     assert masked == bool(np.any(np.asarray(ours.raw) != np.asarray(ours.dropped)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropped_ar", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dropped_ar"),
+    matrix(
+        list(itertools.product(KINDS, (False, True))),
+        quick=[("lstm", True), ("qrnn", False)],
+    ),
+)
 def test_loss_and_gradients_are_those_of_pytorch(kind, dropped_ar):
     graph, params = build(kind)
     state = random_state(graph, params)
@@ -206,7 +211,7 @@ def test_loss_and_gradients_are_those_of_pytorch(kind, dropped_ar):
     same_parameters(grads, torch_awd.read(twin, "grad"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", matrix(list(KINDS), quick=["lstm"]))
 def test_training_is_that_of_pytorch(kind):
     """Twenty steps with Adam and L2, clipped, the state carried, new masks in each."""
     graph, params = build(kind)
@@ -298,7 +303,7 @@ def test_the_twin_refuses_what_does_not_fit():
     ("kind", "length"),
     [
         ("lstm", 1),
-        ("qrnn", 4),
+        pytest.param("qrnn", 4, marks=pytest.mark.slow),
         pytest.param("lstm", 4, marks=pytest.mark.slow),
         pytest.param("qrnn", 1, marks=pytest.mark.slow),
     ],
@@ -550,6 +555,7 @@ def test_cross_entropy_is_the_dense_one(shape, chunk):
         close(jax.jit(ours)(*args), expected[0], 1e-12)  # without a gradient
 
 
+@pytest.mark.slow
 def test_cross_entropy_of_large_logits():
     (x, embedding, bias), targets, weights = cross_entropy_arguments()
     args = 1e3 * x, embedding, bias
@@ -601,6 +607,7 @@ def test_penalties(length, dropped_ar):
     close(got, expected, 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time", [1, TIME])
 def test_penalties_of_a_single_token(time):
     x = jax.random.normal(jax.random.key(0), (time, BATCH, EMBEDDING))

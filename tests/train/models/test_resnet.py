@@ -244,6 +244,7 @@ def test_running_statistics(double):
     all_close(ours["stats"], theirs["stats"])
 
 
+@pytest.mark.slow
 def test_frozen_body():
     """Running statistics are used unchanged; only the head has gradients."""
     ours, theirs = compute_both(SHALLOW18, "float64", frozen=True)
@@ -285,6 +286,7 @@ def test_single_precision(case):
         assert distance(ours[name], exact[name]) < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [(7, 8)]

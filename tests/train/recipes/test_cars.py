@@ -85,6 +85,7 @@ def test_from_scratch_there_is_one_stage_with_one_rate():
     assert not stage.frozen
 
 
+@pytest.mark.slow
 def test_first_stage_trains_the_head_alone():
     """The body's parameters and running statistics keep every bit."""
     _, programs = build(l2=0.1)

@@ -297,6 +297,7 @@ def plain_evaluation(state, x, seed, augmented):
     return np.stack(found)
 
 
+@pytest.mark.slow
 def test_compiled_programs():
     """The state is donated; the last evaluation has five passes; nothing is traced."""
     program = compiled(2)
@@ -333,6 +334,7 @@ def test_activations_in_bfloat16_and_parameters_in_float32():
     assert dtypes == {"float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augmented", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_evaluation_equals_a_plain_loop(augmented):
     programs = cifar10.build(TINY, devices.data_mesh(), TRAIN)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiers import matrix
 from tiny_cifar10_fast import TINY, pictures
 
 from train.data import batches
@@ -139,7 +140,7 @@ def test_part_of_the_outputs_are_the_inputs(inputs, outputs):
         assert np.unique(drawn).size > 0.9 * drawn.size
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", matrix([True, False], quick=[False]))
 def test_the_network_is_that_of_pytorch(training):
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional

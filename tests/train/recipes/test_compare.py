@@ -7,6 +7,7 @@ import optax
 import pytest
 from comparison_runs import TINY, TINY_CIFAR, build, build_once, train_two
 from flax import nnx
+from tiers import matrix
 
 from train.data import batches, cifar10, digits
 from train.recipes import compare as recipe
@@ -28,7 +29,7 @@ def adamw_only(monkeypatch):
     monkeypatch.setattr(recipe, "OPTIMIZERS", one)
 
 
-@pytest.mark.parametrize("name", recipe.OPTIMIZERS)
+@pytest.mark.parametrize("name", matrix(list(recipe.OPTIMIZERS), quick=["adamw"]))
 def test_a_run_is_a_loop_over_steps(name):
     splits, lr, decay = digits.load_digits(40, 50), 0.05, 0.02
     run, results = train_two(
@@ -80,6 +81,7 @@ def test_vectorized_runs_equal_sequential_ones(adamw_only):
     np.testing.assert_allclose(one[..., 0], other[..., 0], atol=2.1)  # of 50 images
 
 
+@pytest.mark.slow
 def test_a_run_with_crops_and_batch_norm_is_a_loop(cifar_dir, two_optimizers):
     splits = cifar10.load_cifar10(cifar_dir, 40, 50)
     run, results = train_two(

@@ -278,6 +278,7 @@ def pairs(*quick):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "variant"), pairs(("lstm", "article")))
 def test_the_program_is_a_plain_loop_in_one_call_or_in_pieces(model, variant):
     """Of chunks that are not padded; hidden states carried, from zeros at the first."""
