@@ -193,6 +193,7 @@ def test_predictions_are_those_of_the_model(finished, folder):
     assert accuracy == end["plain_accuracy"]
 
 
+@pytest.mark.slow
 def test_test_time_augmentation(finished, folder):
     """The mean of the probabilities of one plain and four augmented views."""
     _, out = finished
@@ -273,6 +274,7 @@ def test_one_device_instead_of_two(finished, folder, body, tmp_path, monkeypatch
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_another_seed_joins_a_finished_run(finished, copied, folder, body):
     options = {"weights": body, **STAGES}
     again, out = run(folder, copied.parent, **options)  # nothing to do

@@ -307,6 +307,7 @@ def test_hyperparameters_are_in_the_restored_state(finished, programs):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run(tmp_path):
     """The loss is not finite within the first epoch."""
     changes = {"optimizer": "sgd", "weight_decay": 0.0, "div": 1.0}

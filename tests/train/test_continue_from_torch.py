@@ -68,6 +68,7 @@ def test_files(run):
     assert {float(s["step"]) for s in second["optimizer"]["state"].values()} == {5}
 
 
+@pytest.mark.slow
 def test_bad_arguments(run):
     folder, _ = run
     with pytest.raises(ValueError, match="exists; choose another"):

@@ -185,6 +185,7 @@ def test_the_trained_network_is_evaluated(run, tmp_path, data_dir):
     assert found["with_cache"] == pytest.approx(np.exp(-np.log(mixed).mean()), 1e-5)
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_seed_are_bit_identical_and_two_seeds_differ(
     run, finished, tmp_path
 ):
@@ -635,6 +636,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(run, tmp_path, monkeypatch, capsys):
     """In the middle of an epoch, and while an average is being taken.
 

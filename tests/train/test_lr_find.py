@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, cifar_dir, capsys, lenient):
     options = {
         "data-dir": cifar_dir, "blocks": 1, "width": 4, "batch-size": 10, "steps": 40,

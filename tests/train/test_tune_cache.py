@@ -76,6 +76,7 @@ def evaluated(folder, split, window, theta, lambda_):
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_whole_job(copy, capsys):
     results = tune_cache.main(tune_cache.Config(copy, **GRID))
     printed = capsys.readouterr().out

@@ -22,6 +22,7 @@ def test_a_bench(tmp_path):
         assert list(row["over"]) == [f"{name[0]} leaves, tree"]
 
 
+@pytest.mark.slow
 def test_the_layouts_train_alike():
     ends = {}
     for layout in packing.Config().layouts:

@@ -64,6 +64,7 @@ def test_small_leaves_packed(tmp_path):
     assert packed["floor_bytes"] == pytest.approx(tree["floor_bytes"], abs=200)
 
 
+@pytest.mark.slow
 def test_leaves(tmp_path):
     """Those of torchvision's ResNet-50, in number and size; and of the others."""
     shapes = update.leaf_shapes(tiny(tmp_path, leaves="resnet50", scale=1.0))
@@ -83,6 +84,7 @@ def test_leaves(tmp_path):
         assert sum(sizes) == pytest.approx(size, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_same_update(tmp_path):
     """Ours and Optax's agree up to rounding: neither is spared anything."""
     for step in ("adamw", "full"):

@@ -75,6 +75,7 @@ def cropped_and_flipped(image, row, column, flip):
     return out
 
 
+@pytest.mark.slow
 def test_crop_and_flip_at_all_offsets():
     crops = np.array([*itertools.product(range(9), range(9), range(2))], np.uint8)
     rng = np.random.default_rng(0)

@@ -164,6 +164,7 @@ def test_train_mode_and_gradients(nets):
         close(value, theirs_now)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [("float64", 1e-9), pytest.param("float32", 1e-5, marks=pytest.mark.slow)],

@@ -105,6 +105,7 @@ def test_first_stage_trains_the_head_alone():
     assert max(x.ndim for x in jax.tree.leaves(state.opt)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_two_stages_equal_pytorch(monkeypatch):
     """To 1e-9 in float64: rates of groups, L2, schedules, frozen batch norm."""
@@ -192,6 +193,7 @@ def test_two_stages_equal_pytorch(monkeypatch):
         np.testing.assert_allclose(ours[name], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam-l2", "adamw"])
 def test_learning_rates_of_groups(name):
     """With constant gradients of 1, Adam's update is the learning rate."""

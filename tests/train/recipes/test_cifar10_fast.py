@@ -239,6 +239,7 @@ def test_only_kernels_decay():
         np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_is_a_loop_over_steps():
     """The same steps with NumPy's views, and a plain loss."""
     x, y = pictures(100)

@@ -24,6 +24,7 @@ def test_as_many_cores_as_divide_a_batch(monkeypatch, cores, batch_size, expecte
     assert flags[-1] == "--mine"  # the last one wins
 
 
+@pytest.mark.slow
 def test_devices_and_cache_of_a_fresh_process(tmp_path):
     code = (
         "from train.run import devices\n"
