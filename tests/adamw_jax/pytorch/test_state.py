@@ -42,8 +42,6 @@ OPTIMIZERS = {
 SCHEDULES = ("constant", "onecycle")
 CELLS = [(name, schedule) for name in OPTIMIZERS for schedule in SCHEDULES]
 QUICK_FROM_PYTORCH = [
-    ("adam-l2", "constant"),
-    ("adamw", "onecycle"),
     ("amsgradw", "onecycle"),
     ("sgd-nesterov", "constant"),
 ]

@@ -149,7 +149,7 @@ def test_confusion_of_many(tmp_path, drawn):
     assert f"0.0 %: {LONG[195]}, 0 of {of_195}" in text
 
 
-@pytest.mark.parametrize("n", matrix([1, 4, 20, 41], quick=[20, 41]))
+@pytest.mark.parametrize("n", matrix([1, 4, 20, 41], quick=[41]))
 def test_nothing_overlaps(tmp_path, drawn, n):
     names = [f"WWW{i:02} " * 20 for i in range(n)]
     rng = np.random.default_rng(0)
