@@ -126,7 +126,7 @@ def make_ours(config: Config) -> optax.GradientTransformation:
     if config.step == "adamw":
         return aj.adamw(RATE, *BETAS, weight_decay=DECAY)
     schedule = aj.one_cycle(RATE, steps=STEPS)
-    return optax.chain(
+    return aj.chain(
         aj.clip_by_global_norm(CLIP),
         aj.adamw(schedule, weight_decay=DECAY, mask=is_kernel),
     )

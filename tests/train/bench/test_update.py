@@ -54,6 +54,12 @@ def test_a_bench(tmp_path, step, dtype):
     assert page.startswith("clipping, " if full else "AdamW: 10,000 ")
 
 
+@pytest.mark.parametrize("step", ["adamw", "full"])
+def test_ours_is_applied_in_one_pass(tmp_path, step):
+    assert hasattr(update.make_ours(tiny(tmp_path, step=step)), "step")
+    assert not hasattr(update.make_optax(tiny(tmp_path, step=step)), "step")
+
+
 @pytest.mark.slow
 def test_small_leaves_packed(tmp_path):
     """The same bytes: here the buffers need no padding."""
