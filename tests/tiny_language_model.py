@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +44,6 @@ def write_text(folder, words=WORDS):
 
 def metrics(folder):
     return log.read_lines(folder / "metrics.jsonl")
-
-
-def lines_of_training(folder):
-    """What must be the same in two runs: all but times."""
-    timed = ("seconds", "tokens_per_second")
-    return [
-        {key: value for key, value in line.items() if key not in timed}
-        for line in metrics(folder)
-        if line["event"] in ("epoch", "end")
-    ]
-
-
-def final_state(folder, seed=0):
-    with checkpoint.open_folder(folder / "checkpoints" / str(seed)) as checkpoints:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sharding info not provided")
-            return checkpoints.load(None)
 
 
 def train_tiny(out, **changes):

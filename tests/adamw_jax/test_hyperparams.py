@@ -11,6 +11,7 @@ from reference import adam_loop, constant, sgd_loop
 from tiers import matrix
 
 import adamw_jax as aj
+from adamw_jax._tree import find_states
 
 P = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
 G = {"w": jnp.array([0.1, 0.3]), "b": jnp.array([-2.0])}
@@ -650,8 +651,7 @@ def test_an_average_of_two_states(name, mean, lenient):
 
 
 def find(state):
-    is_node = lambda x: isinstance(x, aj.HyperparamsState)  # noqa: E731
-    return [x for x in jax.tree.leaves(state, is_leaf=is_node) if is_node(x)]
+    return find_states(state, aj.HyperparamsState)
 
 
 def test_an_average_of_states_with_an_override():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
+from runs import untimed
 from shallow_resnet import shallow_resnets
 
 from train import cars
@@ -97,16 +98,6 @@ def make_config(folder, out, **changes):
 def run(*args, **changes):
     config = make_config(*args, **changes)
     return cars.main(config), config.out / config.name
-
-
-def untimed(folder):
-    """The log's results without times, which differ between runs."""
-    timed = ("seconds", "images_per_second", "share_waiting_for_images")
-    return [
-        {key: value for key, value in line.items() if key not in timed}
-        for line in read_lines(folder / "metrics.jsonl")
-        if line["event"] in ("epoch", "end")
-    ]
 
 
 def read_table(folder):

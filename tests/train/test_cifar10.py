@@ -10,13 +10,13 @@ import signal
 import statistics
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from runs import final_state, untimed
 from tiny_cifar10 import TINY, TRAIN, read_cifar10
 
 import adamw_jax as aj
@@ -107,23 +107,6 @@ def copy(finished, tmp_path):
 
 def log(folder):
     return read_lines(folder / "metrics.jsonl")
-
-
-def epochs(folder):
-    """What two runs must have in common: all but times."""
-    timed = ("seconds", "images_per_second")
-    return [
-        {key: value for key, value in line.items() if key not in timed}
-        for line in log(folder)
-        if line["event"] in ("epoch", "end")
-    ]
-
-
-def final_state(folder, seed=0):
-    with checkpoint.open_folder(folder / "checkpoints" / str(seed)) as checkpoints:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sharding info not provided")
-            return checkpoints.load(None)
 
 
 def same_bits(one, other):
@@ -425,7 +408,7 @@ def kill_at(moment, patch, kill):
 
 
 def check_resumed(killed, whole, kills):
-    assert epochs(killed) == epochs(whole)
+    assert untimed(killed) == untimed(whole)
     same_bits(final_state(killed), final_state(whole))
     starts = [line for line in log(killed) if line["event"] == "start"]
     assert len(starts) == kills + 1

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from matplotlib.image import imread
+from runs import final_state, untimed
 from tiny_language_model import (
     AVERAGED,
     EPOCHS,
@@ -25,8 +26,6 @@ from tiny_language_model import (
     WORDS,
     build_once,
     close,
-    final_state,
-    lines_of_training,
     metrics,
     same_bits,
     share_programs,
@@ -191,9 +190,9 @@ def test_two_runs_of_a_seed_are_bit_identical_and_two_seeds_differ(
 ):
     run(seeds=2)
     again = tmp_path / "run"
-    assert lines_of_training(finished) == lines_of_training(again)
+    assert untimed(finished) == untimed(again)
     same_bits(final_state(finished), final_state(again))
-    lines = [x for x in lines_of_training(finished) if x["event"] == "epoch"]
+    lines = [x for x in untimed(finished) if x["event"] == "epoch"]
     losses = {line["seed"]: line["loss"] for line in lines}
     assert losses[0] != losses[1]
     # weights, lengths and masks of the second seed do not depend on the first
@@ -391,8 +390,8 @@ def test_after_a_divergence_it_resumes_from_the_last_checkpoint(
     assert [line["event"] for line in metrics(folder)] == ["start", "epoch", "diverged"]
     run()
     assert "diverged" not in [line["event"] for line in metrics(folder)]
-    first_seed = [x for x in lines_of_training(finished) if x["seed"] == 0]
-    assert lines_of_training(folder) == first_seed
+    first_seed = [x for x in untimed(finished) if x["seed"] == 0]
+    assert untimed(folder) == first_seed
     same_bits(final_state(folder), final_state(finished))
 
 
@@ -620,7 +619,7 @@ def kill_at(moment, kill, patch):
 
 
 def check_killed(killed, whole):
-    assert lines_of_training(killed) == lines_of_training(whole)
+    assert untimed(killed) == untimed(whole)
     same_bits(final_state(killed), final_state(whole))
     assert final_state(killed)["averaged"] > 0
     starts = [line for line in metrics(killed) if line["event"] == "start"]

@@ -30,9 +30,8 @@ from train.models.resnet import LAYERS
 from train.recipes.check import check_options, run_rules
 from train.recipes.optimizer import (
     ADAMS,
-    OURS,
+    adapt_schedule,
     check_optimizer,
-    learning_rate_only,
     make_optimizer,
     optimizer_rules,
 )
@@ -215,8 +214,7 @@ def make_stages(config: Any, steps: int) -> list[Stage]:
             b1=config.b1,
             b2=config.b2 if config.optimizer in ADAMS else None,
         )
-        if config.optimizer not in OURS:
-            schedule = learning_rate_only(schedule, steps)
+        schedule = adapt_schedule(config, schedule)
         tx = make_optimizer(config, schedule)
         tx = (
             freeze_leaves(tx, mask_by_path(BODY)) if frozen else optax.chain(tx, groups)

@@ -28,9 +28,8 @@ from train.models.wide_resnet import WideResNet
 from train.recipes.check import check_options, run_rules
 from train.recipes.optimizer import (
     ADAMS,
-    OURS,
+    adapt_schedule,
     check_optimizer,
-    learning_rate_only,
     make_optimizer,
     optimizer_rules,
 )
@@ -173,9 +172,7 @@ def make_schedule(config: Config, steps_per_epoch: int) -> Phases:
         b1=config.b1,
         b2=config.b2 if config.optimizer in ADAMS else None,
     )
-    if config.optimizer not in OURS:
-        schedule = learning_rate_only(schedule, steps_per_epoch)
-    return schedule
+    return adapt_schedule(config, schedule)
 
 
 # ---------------------------------------------------------------------------

@@ -29,9 +29,8 @@ from train.models import awd
 from train.recipes.check import check_options
 from train.recipes.optimizer import (
     ADAMS,
-    OURS,
+    adapt_schedule,
     check_optimizer,
-    learning_rate_only,
     make_optimizer,
     optimizer_rules,
 )
@@ -243,9 +242,7 @@ def make_schedule(config: Config, steps_per_epoch: int) -> Phases:
             b1=config.b1,
             b2=b2,
         )
-    if config.optimizer in OURS:
-        return schedule
-    return learning_rate_only(schedule, steps_per_epoch)
+    return adapt_schedule(config, schedule)
 
 
 # ---------------------------------------------------------------------------

@@ -78,10 +78,12 @@ def _load(name: str) -> Any:
     return factory
 
 
-def learning_rate_only(schedule: Phases, steps_per_epoch: int) -> Phases:
-    """Drops b1, for optimizers that are not ours."""
+def adapt_schedule(config: Any, schedule: Phases) -> Phases:
+    """Drops b1 from the schedule where the optimizer is not one of ours."""
+    if config.optimizer in OURS:
+        return schedule
     phases = [dataclasses.replace(phase, b1=None) for phase in schedule.phases]
-    return Phases(phases, steps_per_epoch)
+    return dataclasses.replace(schedule, phases=phases)
 
 
 def check_optimizer(config: Any, tx: optax.GradientTransformation, params: Any) -> None:

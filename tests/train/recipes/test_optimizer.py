@@ -8,7 +8,7 @@ import pytest
 from tiny_cifar10 import TINY
 
 from train.recipes.cifar10 import make_schedule
-from train.recipes.optimizer import learning_rate_only, make_optimizer
+from train.recipes.optimizer import adapt_schedule, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -40,6 +40,8 @@ def test_no_decay_is_no_decay(optimizer):
 
 def test_b1_is_dropped():
     schedule = make_schedule(TINY, 4)
-    rates = learning_rate_only(schedule, 4)
+    assert adapt_schedule(TINY, schedule) == schedule
+    lion = dataclasses.replace(TINY, optimizer="optax.lion")
+    rates = adapt_schedule(lion, schedule)
     assert "b1" in schedule.at(3) and "b1" not in rates.at(3)
     assert rates.at(3)["learning_rate"] == schedule.at(3)["learning_rate"]
