@@ -53,16 +53,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def check_storage_dtype(name: str, dtype: Any) -> None:
-    if dtype is None:
+    if dtype is None or dtype == "params":
         return
+    allowed = f"{name} must be None, 'params' or a float dtype"
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
-        raise TypeError(
-            f"{name} must be None or a float dtype, got {dtype!r}"
-        ) from None
+        raise TypeError(f"{allowed}, got {dtype!r}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be None or a float dtype, got {dtype.name}")
+        raise TypeError(f"{allowed}, got {dtype.name}")
 
 
 def check_params(params: Any) -> None:

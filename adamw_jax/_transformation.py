@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from ._tree import compute_dtype
+from ._dtypes import as_array, cast, compute_dtype, is_inexact
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -26,6 +25,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
             multiplies all gradients by one scalar.
         describe_step: `describe_step(params) -> str`: how `step` works and why; see
             :func:`adamw_jax.describe_step`.
+        wide_updates: whether updates are float32 also for bfloat16 gradients.
         links: the transformations of a chain.
         arguments: the arguments that a link was built with, by name.
         factory: the factory of :func:`adamw_jax.with_hyperparams`, from hyperparameter
@@ -36,6 +36,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
     step: Callable[..., tuple[Any, Any]]
     factor: Callable[[Any, Any], tuple[jax.Array, Any]]
     describe_step: Callable[[Any], str]
+    wide_updates: bool
     links: tuple[optax.GradientTransformation, ...]
     arguments: Mapping[str, Any]
     factory: Callable[..., Any]
@@ -56,8 +57,10 @@ def multiply(grads: optax.Updates, factor: jax.Array | None) -> optax.Updates:
         return grads
 
     def product(g):
-        g = g if hasattr(g, "dtype") else jnp.asarray(g)
-        g = g.astype(compute_dtype(g.dtype))
+        g = as_array(g)
+        if not is_inexact(g):
+            return g
+        g = cast(g, compute_dtype(g.dtype))
         return factor.astype(g.dtype) * g
 
     return jax.tree.map(product, grads)
@@ -72,3 +75,30 @@ def step_with_factor(
     if "factor" in inspect.signature(tx.step).parameters:
         return tx.step(grads, state, params, factor=factor, **extra_args)
     return tx.step(multiply(grads, factor), state, params, **extra_args)
+
+
+def keep_state_dtypes(tx: optax.GradientTransformation) -> Any:
+    """Makes the state of another library's transformation keep its dtypes.
+
+    Such a state may take on the dtype of the updates: Optax's Adam with bfloat16
+    moments returns float32 ones for float32 gradients.
+    """
+    if isinstance(tx, Transformation) or hasattr(tx, "step"):
+        return optax.with_extra_args_support(tx)
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra_args):
+        updates, new = inner.update(updates, state, params, **extra_args)
+        return updates, cast_like(new, state)
+
+    return inner._replace(update=update)
+
+
+def cast_like(state: Any, old: Any) -> Any:
+    """Casts the floating point leaves of a state to the dtypes of the old one."""
+
+    def leaf(new, old):
+        both = hasattr(new, "dtype") and hasattr(old, "dtype")
+        return cast(new, old.dtype) if both and is_inexact(old) else new
+
+    return jax.tree.map(leaf, state, old)

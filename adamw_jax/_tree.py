@@ -8,6 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._dtypes import (
+    as_array,
+    cast,
+    compute_dtype,
+    is_inexact,
+    storage_dtype,
+    update_dtype,
+    with_complex,
+)
+
 Schedule = Callable[[Any], Any]  # step (int32 scalar) -> value
 ScalarOrSchedule = float | jax.Array | Schedule
 
@@ -28,19 +38,6 @@ def path_string(path: tuple) -> str:
     return "/".join(part.lstrip(".") for part in parts)
 
 
-def compute_dtype(dtype: Any) -> Any:
-    """The dtype of the arithmetic: float32, or float64 for float64 leaves."""
-    x64 = dtype == jnp.float64 and jax.config.read("jax_enable_x64")
-    return jnp.float64 if x64 else jnp.float32
-
-
-def scalar_dtype(tree: Any) -> Any:
-    """The dtype of scalars that are shared by all leaves: float32 or float64."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    wide = any(compute_dtype(leaf.dtype) == jnp.float64 for leaf in leaves)
-    return jnp.float64 if wide else jnp.float32
-
-
 def increment(count: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(count))
 
@@ -58,21 +55,27 @@ def are_all_none(updates: Any) -> bool:
     return bool(leaves) and all(leaf is None for leaf in leaves)
 
 
-def zeros_like_params(params: Any, dtype: Any = None) -> Any:
+def zeros_like_params(params: Any, dtype: Any = None, *, real: bool = False) -> Any:
     """Initial moments: zeros in `dtype`, or by default in the compute dtype.
 
-    The zeros follow the sharding of the parameters. Raises TypeError for a leaf that
-    is not floating point.
+    "params" is the dtype of each parameter. The moment of a complex parameter is
+    complex64 at least; a `real` one has the real dtype. Integer and bool parameters are
+    not trained: their zeros have their own dtype. The zeros follow the sharding of the
+    parameters.
+
+    Raises TypeError for a leaf that is not a number, such as a typed PRNG key.
     """
 
     def zeros(path, p):
-        p = p if hasattr(p, "dtype") else jnp.asarray(p)
-        if not jnp.issubdtype(p.dtype, jnp.floating):
-            raise TypeError(
-                f"parameter {path_string(path)} has dtype {p.dtype}; only floating "
-                "point parameters can be trained (replace it by None, or freeze it)"
-            )
-        return jnp.zeros_like(p, dtype=dtype or compute_dtype(p.dtype))
+        p = as_array(p)
+        if is_inexact(p):
+            return jnp.zeros_like(p, dtype=storage_dtype(p, dtype, real=real))
+        if jnp.issubdtype(p.dtype, jnp.integer) or p.dtype == bool:
+            return jnp.zeros_like(p)
+        raise TypeError(
+            f"parameter {path_string(path)} has dtype {p.dtype}, which cannot be "
+            "trained (replace it by None, or freeze it)"
+        )
 
     return jax.tree_util.tree_map_with_path(zeros, params)
 
@@ -149,44 +152,119 @@ def leaves_like(updates: Any, name: str, tree: Any) -> list[Any]:
         ) from None
 
 
+def optional_leaves(treedef: Any, params: Any) -> list[Any]:
+    """The parameters in the order of the updates; None where they are not known.
+
+    They are not needed, so a tree of another structure is ignored, as in Optax.
+    """
+    unknown = [None] * treedef.num_leaves
+    try:
+        return unknown if params is None else treedef.flatten_up_to(params)
+    except (ValueError, TypeError):
+        return unknown
+
+
+def widen(grads: Any) -> Any:
+    """Casts gradients to their compute dtypes."""
+
+    def wide(g):
+        g = as_array(g)
+        return cast(g, compute_dtype(g.dtype)) if is_inexact(g) else g
+
+    return jax.tree.map(wide, grads)
+
+
+def narrow(updates: Any, grads: Any, params: Any = None) -> Any:
+    """Casts updates to the dtypes of :func:`update_dtype`: the inverse of `widen`."""
+    flat_grads, treedef = jax.tree.flatten(grads, is_leaf=is_none)
+
+    def leaf(u, g, p):
+        if not hasattr(u, "dtype") or not is_inexact(u) or g is None:
+            return u
+        g = as_array(g)
+        same_kind = jnp.iscomplexobj(g) == jnp.iscomplexobj(u)
+        return cast(u, update_dtype(g, p)) if is_inexact(g) and same_kind else u
+
+    flat_updates = treedef.flatten_up_to(updates)
+    flat = map(leaf, flat_updates, flat_grads, optional_leaves(treedef, params))
+    return treedef.unflatten(flat)
+
+
 def map_leaves(
     f: Callable[..., tuple],
     updates: Any,
     trees: dict[str, Any],
     *,
     carried: int,
+    params: Any = None,
+    casts: bool = True,
 ) -> tuple[Any, ...]:
     """Maps `f(index, update, *leaves) -> (new_update, *new_leaves)` over all leaves.
 
-    Returns the new updates and the new versions of the first `carried` trees. A None
-    update stays None, and the carried leaves at its place stay unchanged.
+    Returns the new updates and the new versions of the first `carried` trees. `f` gets
+    the update in its compute dtype; what it returns is cast to :func:`update_dtype`. If
+    `casts` is False, neither is cast.
 
-    Raises ValueError with the path of the leaf where a tree does not match the updates.
+    A None update stays None, and the carried leaves at its place stay unchanged. They
+    do so, with an update of zero, where the leaf of the first tree or else of `params`
+    is an integer or a bool, and for the float0 gradients of `jax.grad(allow_int=True)`.
+
+    Raises ValueError or TypeError with the path of the leaf where a tree does not match
+    the updates.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
     columns = [leaves_like(updates, name, tree) for name, tree in trees.items()]
+    optional = optional_leaves(treedef, params)
     out = []
     for i, (path, update) in enumerate(flat):
         leaves = [column[i] for column in columns]
         if update is None:
             out.append((None, *leaves[:carried]))
             continue
-        update = update if hasattr(update, "dtype") else jnp.asarray(update)
-        if not jnp.issubdtype(update.dtype, jnp.floating):
-            raise TypeError(f"update {path_string(path)} has dtype {update.dtype}")
-        leaves = [jnp.asarray(x) if isinstance(x, int | float) else x for x in leaves]
+        update, param, *leaves = map(as_array, (update, optional[i], *leaves))
         for name, leaf in zip(trees, leaves, strict=True):
-            if leaf is None or not hasattr(leaf, "shape"):
-                raise ValueError(
-                    f"updates and {name} do not match at leaf {path_string(path)}: "
-                    f"an update of shape {update.shape} against {leaf!r}"
-                )
-            if leaf.shape != update.shape:
-                raise ValueError(
-                    f"updates and {name} do not match at leaf {path_string(path)}: "
-                    f"shape {update.shape} against {leaf.shape}"
-                )
-        out.append(f(i, update, *leaves))
+            _check_shape(path, update, name, leaf)
+        known = [x for x in (*leaves, param) if hasattr(x, "dtype")]
+        dtype = _dtype_to_train_in(path, update, known[0] if known else None)
+        if dtype is None:
+            integer = known[0].dtype if known and not is_inexact(known[0]) else bool
+            out.append((jnp.zeros(update.shape, integer), *leaves[:carried]))
+            continue
+        new, *rest = f(i, cast(update, dtype) if casts else update, *leaves)
+        if casts:
+            same_kind = jnp.iscomplexobj(update) == jnp.iscomplexobj(new)
+            grad = update if same_kind and is_inexact(update) else new
+            new = cast(new, update_dtype(grad, param))
+        out.append((new, *rest))
     if not out:
         return (updates, *list(trees.values())[:carried])
     return tuple(treedef.unflatten(column) for column in zip(*out, strict=True))
+
+
+def _check_shape(path: Any, update: Any, name: str, leaf: Any) -> None:
+    shape = getattr(leaf, "shape", None)
+    if shape != update.shape:
+        found = f"shape {update.shape} against {shape}"
+        if shape is None:
+            found = f"an update of shape {update.shape} against {leaf!r}"
+        raise ValueError(
+            f"updates and {name} do not match at leaf {path_string(path)}: {found}"
+        )
+
+
+def _dtype_to_train_in(path: Any, update: Any, like: Any) -> Any:
+    """The dtype in which `map_leaves` updates a leaf; None for one that is passed by.
+
+    `like` is a moment or the parameter, if it is known.
+    """
+    if update.dtype == jax.dtypes.float0 or not (like is None or is_inexact(like)):
+        return None
+    dtype = compute_dtype(update.dtype)
+    if like is None:
+        return dtype
+    if not is_inexact(update) or (jnp.iscomplexobj(update) > jnp.iscomplexobj(like)):
+        raise TypeError(
+            f"update {path_string(path)} has dtype {update.dtype}, its parameter or "
+            f"moment {like.dtype}"
+        )
+    return with_complex(dtype, jnp.iscomplexobj(like))

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._tree import compute_dtype, is_none
+from ._dtypes import as_array, compute_dtype, is_inexact
+from ._transformation import Transformation
+from ._tree import is_none, widen
 
 
 def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
@@ -33,10 +35,12 @@ def apply_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
     def add(p, u):
         if p is None or u is None:
             return p
-        p = p if hasattr(p, "dtype") else jnp.asarray(p)
-        if not hasattr(u, "dtype") or not jnp.issubdtype(p.dtype, jnp.floating):
-            return (p + u).astype(p.dtype)
+        p, u = jnp.asarray(p), as_array(u)
+        if u.dtype == jax.dtypes.float0:  # of jax.grad(allow_int=True)
+            return p
         wide = compute_dtype(p.dtype)
+        if not is_inexact(p):
+            wide = u.dtype if is_inexact(u) else p.dtype
         return (p.astype(wide) + u.astype(wide)).astype(p.dtype)
 
     return jax.tree.map(add, params, updates, is_leaf=is_none)
@@ -103,6 +107,8 @@ def update_and_apply(
     step = getattr(tx, "step", None)
     if step is not None:
         return step(grads, state, params, **extra_args)
+    if isinstance(tx, Transformation):
+        grads = widen(grads)  # updates are in the dtype of the gradients
     update = optax.with_extra_args_support(tx).update
     updates, state = update(grads, state, params, **extra_args)
     return apply_updates(params, updates), state

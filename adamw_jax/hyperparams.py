@@ -11,15 +11,9 @@ import numpy as np
 import optax
 
 from ._checks import check_scalar
-from ._transformation import Transformation, step_with_factor
-from ._tree import (
-    ScalarOrSchedule,
-    compute_dtype,
-    find_states,
-    increment,
-    scalar_dtype,
-    schedule_step,
-)
+from ._dtypes import compute_dtype, scalar_dtype
+from ._transformation import Transformation, keep_state_dtypes, step_with_factor
+from ._tree import ScalarOrSchedule, find_states, increment, schedule_step
 from .apply import describe_step
 from .schedules.phases import Phases
 
@@ -167,7 +161,7 @@ def with_hyperparams(
 
     def update(updates, state, params=None, **extra_args):
         inner, finish = begin(state)
-        updates, inner_state = optax.with_extra_args_support(inner).update(
+        updates, inner_state = keep_state_dtypes(inner).update(
             updates, state.inner_state, params, **extra_args
         )
         return updates, finish(inner_state)
@@ -192,6 +186,7 @@ def with_hyperparams(
         update,
         factory=factory,
         hyperparams=schedules,
+        wide_updates=getattr(example, "wide_updates", False),
         describe_step=functools.partial(describe_step, example),
         **{name: f for name, f in methods.items() if hasattr(example, name)},
     )

@@ -1,6 +1,7 @@
 """Adam's moments in 32, 16 and 8 bits: their size and their effect on the loss.
 
     python -m train.low_memory --data-dir DIR    # CIFAR-10, ten minutes on a CPU
+    python -m train.low_memory --data-dir DIR --param-dtype bfloat16
 
 Trains the small convolutional network of `train.compare` on 5,000 images of CIFAR-10
 with AdamW and 1cycle. The moments are stored in float32, in bfloat16 and in eight bits,
@@ -8,6 +9,10 @@ the latter two rounded stochastically and to nearest. PyTorch's AdamW in float32
 where installed, the 8-bit AdamW of torchao and of bitsandbytes train the same network.
 A seed determines the initial weights, the order of the images, their crops, and the
 rounding; all optimizers see the same seeds.
+
+With parameters and gradients in bfloat16, Optax and PyTorch store the moments in
+bfloat16 as well, rounded to nearest. The second table compares that default with
+float32 moments. The forward and the backward pass compute in float32 in both tables.
 
 b1 is constant, unlike in the article, because PyTorch corrects the bias differently
 when b1 changes. torchao runs without its compiler: the same arithmetic, but slower.
@@ -18,7 +23,7 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +32,13 @@ import optax
 from flax import nnx
 from jax import lax
 
-from adamw_jax import adamw, one_cycle, quantize_moments
+from adamw_jax import (
+    adamw,
+    chain,
+    one_cycle,
+    quantize_moments,
+    round_updates_stochastically,
+)
 from train.data import batches
 from train.data.cifar10 import load_cifar10
 from train.evals.statistics import confidence_interval
@@ -64,6 +75,7 @@ class Config(Output):
 
     block_size: int = 256  # values that share a scale
     min_size: int = 4096  # smaller parameters keep moments in float32
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # and of the gradients
     seeds: int = 5  # runs of each optimizer
     torch: bool = True  # also the optimizers of PyTorch, torchao and bitsandbytes
 
@@ -125,6 +137,18 @@ def eight_bit(config: Config, seed, stochastic: bool):
     )
 
 
+def rounded(config: Config, seed):
+    """Float32 moments; the sum of parameter and update is rounded stochastically."""
+    return chain(float32(config, seed), round_updates_stochastically(seed))
+
+
+def optax_default(config: Config, seed):
+    del seed
+    betas = (config.b1, config.b2, config.eps)
+    schedule = make_schedule(config)
+    return optax.adamw(schedule, *betas, weight_decay=config.weight_decay)
+
+
 OPTIMIZERS = {
     "float32": float32,
     "bfloat16": functools.partial(bfloat16, stochastic=True),
@@ -133,11 +157,23 @@ OPTIMIZERS = {
     "8 bits, to nearest": functools.partial(eight_bit, stochastic=False),
 }
 
+BFLOAT16_PARAMS = {  # the optimizers of parameters in bfloat16
+    "float32": float32,
+    "float32, parameters rounded stochastically": rounded,
+    "bfloat16": OPTIMIZERS["bfloat16"],
+    "bfloat16, to nearest": OPTIMIZERS["bfloat16, to nearest"],
+    "bfloat16, to nearest, optax.adamw": optax_default,
+}
+
 TORCH_OPTIMIZERS = {  # name: (module, optimizer)
     "float32, PyTorch": ("torch.optim", "AdamW"),
     "8 bits, torchao": ("torchao.optim", "AdamW8bit"),
     "8 bits, bitsandbytes": ("bitsandbytes.optim", "AdamW8bit"),
 }
+
+
+def optimizers(config: Config) -> dict[str, Callable[..., Any]]:
+    return OPTIMIZERS if config.param_dtype == "float32" else BFLOAT16_PARAMS
 
 
 # ---------------------------------------------------------------------------
@@ -160,13 +196,14 @@ def train(name: str, config: Config, run: dict, train_x, train_y, test_x, test_y
     Returns:
         The training loss of the last epoch, test accuracy in %, optimizer state.
     """
-    tx = OPTIMIZERS[name](config, run["seed"])
+    tx = optimizers(config)[name](config, run["seed"])
     net = nnx.eval_shape(lambda: make_network(config, 0))
     train_def, eval_def = (
         nnx.graphdef(nnx.view(net, use_running_average=mode)) for mode in (False, True)
     )
 
     def loss_fn(params, stats, x, y):
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         net = nnx.merge(train_def, params, stats, copy=True)
         loss = optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean()
         return loss, nnx.state(net, nnx.BatchStat)
@@ -181,9 +218,11 @@ def train(name: str, config: Config, run: dict, train_x, train_y, test_x, test_y
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), stats, opt), loss
 
-    carry = run["params"], run["stats"], tx.init(run["params"])
+    params = jax.tree.map(lambda p: jnp.asarray(p, config.param_dtype), run["params"])
+    carry = params, run["stats"], tx.init(params)
     steps = {key: run[key] for key in ("order", "crops")}
     (params, stats, opt), losses = lax.scan(step, carry, steps)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     net = nnx.merge(eval_def, params, stats)
     guesses = lax.map(lambda x: net(batches.normalise(x)).argmax(-1), test_x)
     last_epoch = losses[-(len(losses) // config.epochs) :].mean()
@@ -280,12 +319,13 @@ def main(config: Config) -> Path:
     rows: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     images_on_device = jax.device_put(images)
-    for name in OPTIMIZERS:
+    for name in optimizers(config):
         program = jax.jit(functools.partial(train, name, config))
         outcomes: list[Any] = [program(run, *images_on_device) for run in runs]
         rows[name] = summarize(outcomes, state_bytes(outcomes[0][-1]) / parameters)
         print(f"  {name}: loss {rows[name]['loss']['mean']:.4f}", flush=True)
-    for name, (module, _) in TORCH_OPTIMIZERS.items() if config.torch else ():
+    with_torch = config.torch and config.param_dtype == "float32"
+    for name, (module, _) in TORCH_OPTIMIZERS.items() if with_torch else ():
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -334,8 +374,9 @@ def page(config: Config, results: dict[str, Any]) -> str:
             + (f"{loss['mean']:.4f} ± {loss['std']:.4f}", difference)
             + (report.spread(row["accuracy"]),)
         )
+    dtype = config.param_dtype
     lines = [
-        f"CIFAR-10 with {config.train_size} training images, {config.epochs} epochs of "
+        f"Parameters in {dtype}. CIFAR-10 with {config.train_size} training images, {config.epochs} epochs of "
         f"1cycle in batches of {config.batch_size}; a network of "
         f"{results['parameters']:,} parameters. The training loss is that of the last "
         f"epoch. Values are mean ± standard deviation over {config.seeds} seeds; "

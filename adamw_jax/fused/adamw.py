@@ -12,15 +12,10 @@ import jax.numpy as jnp
 
 from .. import optimizers
 from .._checks import check_params
+from .._dtypes import as_array, is_inexact, real_dtype, scalar_dtype, storage_dtype
 from .._transformation import Transformation, multiply
-from .._tree import (
-    are_all_none,
-    compute_dtype,
-    increment,
-    map_leaves,
-    scalar_dtype,
-)
-from ..apply import apply_updates
+from .._tree import are_all_none, increment, map_leaves
+from ..apply import update_and_apply
 from ..hyperparams import with_hyperparams
 from ..masks import leaf_flags
 from ..transforms.bias_correction import beta_at
@@ -62,16 +57,15 @@ def fuse(tx: Transformation) -> Transformation:
         )
         return Transformation(*tx, links=tx.links, describe_step=lambda params: reason)
     index = len(sign)  # of the moments in the state of the chain
+    without_step = Transformation(*tx, links=tx.links)
 
     def step(grads, state, params, *, factor=None, **extra_args):
         check_params(params)
         if are_all_none(grads):
             return params, state
         if state[index].key is not None or why_no_kernel() is not None:
-            updates, state = tx.update(
-                multiply(grads, factor), state, params, **extra_args
-            )
-            return apply_updates(params, updates), state
+            grads = multiply(grads, factor)
+            return update_and_apply(without_step, grads, state, params, **extra_args)
         params, moments = _step(
             state[index],
             grads,
@@ -92,12 +86,13 @@ def fuse(tx: Transformation) -> Transformation:
         text = "one pass of the compiled kernel over each leaf"
         if params is None:
             return text
-        leaves = jax.tree.leaves(params)
+        leaves = [as_array(leaf) for leaf in jax.tree.leaves(params)]
+        leaves = [leaf for leaf in leaves if is_inexact(leaf)]
         supported = 0
         for leaf in leaves:
-            wide = compute_dtype(leaf.dtype)
-            moments = rule["mu_dtype"] or wide, rule["nu_dtype"] or wide
-            supported += is_supported(leaf.dtype, *moments)
+            mu = storage_dtype(leaf, rule["mu_dtype"])
+            nu = storage_dtype(leaf, rule["nu_dtype"], real=True)
+            supported += is_supported(leaf.dtype, mu, nu)
         text = f"{text}, {supported} of {len(leaves)}"
         if supported < len(leaves):
             text += "; XLA computes the others, whose dtypes it does not support"
@@ -128,12 +123,12 @@ def _step(moments, grads, params, sign, factor, rule, decay, learning_rate):
 
     def leaf(i, g, mu, nu, p):
         decays = bool(selected[i])
-        vector = scalars(jnp.dtype(compute_dtype(g.dtype)), decays)
+        vector = scalars(jnp.dtype(real_dtype(g.dtype)), decays)
         p, mu, nu = one_pass(p, mu, nu, g, vector, decays)
         return None, mu, nu, p
 
     trees = {"state.mu": moments.mu, "state.nu": moments.nu, "params": params}
-    _, mu, nu, params = map_leaves(leaf, grads, trees, carried=3)
+    _, mu, nu, params = map_leaves(leaf, grads, trees, carried=3, casts=False)
     moments = ScaleByAdamState(
         increment(moments.count), mu, nu, beta1.log_product, beta2.log_product
     )

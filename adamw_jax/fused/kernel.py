@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 
-from .._tree import compute_dtype
+from .._dtypes import abs_sq, compute_dtype, with_complex
 from .build import target
 
 # The order of the vector of scalars, also in kernel.cc.
@@ -54,11 +54,13 @@ def is_supported(dtype: Any, mu_dtype: Any, nu_dtype: Any) -> bool:
 
 def reference(decays: bool, p, m, v, g, scalars) -> tuple[Any, Any, Any]:
     """Computes what the links of the chain and `apply_updates` compute, in XLA."""
-    d1, r1, c1, d2, r2, c2, eps, eps_root, learning_rate, weight_decay, f = scalars
-    g = f * g.astype(scalars.dtype)
-    new_m = d1 * m.astype(g.dtype) + r1 * g
-    new_v = d2 * v.astype(g.dtype) + r2 * g * g
-    u = (new_m / c1) / (jnp.sqrt(new_v / c2 + eps_root) + eps)
+    dtype = with_complex(scalars.dtype, jnp.iscomplexobj(m))
+    _, _, _, d2, r2, c2, eps, eps_root, *_ = scalars
+    d1, r1, c1, *_, learning_rate, weight_decay, f = scalars.astype(dtype)
+    g = f * g.astype(dtype)
+    new_m = d1 * m.astype(dtype) + r1 * g
+    new_v = d2 * v.astype(scalars.dtype) + r2 * abs_sq(g)
+    u = (new_m / c1) / (jnp.sqrt(new_v / c2 + eps_root) + eps).astype(dtype)
     if decays:
         u = u + weight_decay * p.astype(g.dtype)
     u = -learning_rate * u

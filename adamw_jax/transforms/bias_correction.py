@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import is_static
-from .._tree import ScalarOrSchedule, compute_dtype, scalar_dtype, schedule_step
+from .._dtypes import compute_dtype, scalar_dtype
+from .._tree import ScalarOrSchedule, schedule_step
 
 BiasCorrection = Literal["exact", "torch", "none"]
 

@@ -1,5 +1,6 @@
 """Clipping by the global norm."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_scalar, is_static
+from .._dtypes import abs_sq, as_array, is_inexact, scalar_dtype
 from .._transformation import Transformation, multiply
-from .._tree import compute_dtype, map_leaves, scalar_dtype
+from .._tree import narrow, widen
 
 
 def clip_by_global_norm(
@@ -40,7 +42,8 @@ def clip_by_global_norm(
         eps: $\epsilon$; 0 in Optax, 1e-6 in PyTorch's `clip_grad_norm_`.
 
     Returns:
-        A transformation whose updates are float32 (float64 for float64 gradients).
+        A transformation whose updates have the dtype of the gradients, or of wider
+        parameters if they are passed.
 
     Raises:
         TypeError, ValueError: max_norm is not positive, or eps is negative.
@@ -63,30 +66,36 @@ def clip_by_global_norm(
     check_scalar("eps", eps)
 
     def factor(grads: Any, state: Any) -> tuple[jax.Array, Any]:
-        dtype = scalar_dtype(grads)
-
-        def square(g):
-            g = jnp.asarray(g)
-            return jnp.square(g.astype(compute_dtype(g.dtype))).sum().astype(dtype)
-
-        total = sum(map(square, jax.tree.leaves(grads)), jnp.zeros([], dtype))
-        limit = jnp.asarray(max_norm, dtype)
-        map_leaves(lambda _, g: (g,), grads, {}, carried=0)  # refuses integer leaves
-        # Where a branch is not selected its operand is 1, because the derivative of the
-        # root at 0 and of 1 / norm below it is infinite, and 0 times infinity is NaN.
-        is_zero = total == 0
-        root = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, total)))
-        norm = root + eps
-        # Comparisons with NaN are False, so a NaN norm reaches every leaf.
-        is_small = norm < limit
-        divisor = jnp.where(is_small | (norm == 0), 1, norm)
-        return jnp.where(is_small, 1, limit / divisor), state
+        return _factor(grads, max_norm, eps), state
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        del params, extra_args
-        scale, state = factor(updates, state)
-        return multiply(updates, scale), state
+        del extra_args
+        return _clip(updates, params, max_norm, eps), state
 
     return Transformation(lambda params: optax.EmptyState(), update, factor=factor)
+
+
+# One program outside of jit, too, where each operation would be a dispatch.
+@functools.partial(jax.jit, inline=True)
+def _clip(grads, params, max_norm, eps):
+    return narrow(multiply(grads, _factor(grads, max_norm, eps)), grads, params)
+
+
+@functools.partial(jax.jit, inline=True)
+def _factor(grads, max_norm, eps):
+    dtype = scalar_dtype(grads)
+    leaves = [as_array(g) for g in jax.tree.leaves(widen(grads))]
+    squares = (abs_sq(g).sum().astype(dtype) for g in leaves if is_inexact(g))
+    total = sum(squares, jnp.zeros([], dtype))
+    limit = jnp.asarray(max_norm, dtype)
+    # Where a branch is not selected its operand is 1, because the derivative of the
+    # root at 0 and of 1 / norm below it is infinite, and 0 times infinity is NaN.
+    is_zero = total == 0
+    root = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, total)))
+    norm = root + eps
+    # Comparisons with NaN are False, so a NaN norm reaches every leaf.
+    is_small = norm < limit
+    divisor = jnp.where(is_small | (norm == 0), 1, norm)
+    return jnp.where(is_small, 1, limit / divisor)

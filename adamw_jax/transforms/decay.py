@@ -52,7 +52,7 @@ def add_decayed_weights(
     check_scalar("weight_decay", weight_decay, schedule=True)
     return scheduled(
         weight_decay,
-        lambda wd, u, p: u + wd * p,
+        _add_decay,
         mask,
         arguments={"weight_decay": weight_decay, "mask": mask},
     )
@@ -86,7 +86,11 @@ def add_l2_gradient(l2: ScalarOrSchedule = 0.0, mask: Mask = None) -> Transforma
         ['1.0000', '-1.0000']
     """
     check_scalar("l2", l2, schedule=True)
-    return scheduled(l2, lambda wd, u, p: u + wd * p, mask)
+    return scheduled(l2, _add_decay, mask)
+
+
+def _add_decay(decay, u, p):
+    return u + decay * p
 
 
 def normalized_weight_decay(

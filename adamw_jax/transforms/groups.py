@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_params, check_scalar
-from .._transformation import Transformation, step_with_factor
+from .._dtypes import as_array, is_inexact
+from .._transformation import Transformation, keep_state_dtypes, step_with_factor
 from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
 from ..apply import describe_step
 from ..masks import Mask, resolve_mask
@@ -123,7 +124,7 @@ def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transforma
         >>> print(updates["body"]["w"] + 0, updates["head"]["w"])
         [0. 0.] [-0.0010001 -0.0010001]
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = keep_state_dtypes(inner)
 
     def hide(tree, frozen):
         # Empty nodes, as in optax.masked, are invisible to transformations.
@@ -146,8 +147,9 @@ def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transforma
         def zero(u, new_u):
             if u is None or not isinstance(new_u, optax.MaskedNode):
                 return None if u is None else new_u
+            u = as_array(u)
             # -0.0 is the neutral element: adding 0.0 would flip the sign of -0.0.
-            return jnp.full_like(u, -0.0)
+            return jnp.full_like(u, -0.0) if is_inexact(u) else jnp.zeros(u.shape, bool)
 
         # Mapped over the leaves of the updates, where new may have a MaskedNode.
         new = jax.tree.map(zero, updates, new, is_leaf=is_none)
@@ -173,4 +175,7 @@ def freeze_leaves(inner: optax.GradientTransformation, mask: Mask) -> Transforma
         return describe_step(inner, params)
 
     methods = {"step": step} if hasattr(inner, "step") else {}
-    return Transformation(init, update, describe_step=describe, **methods)
+    wide_updates = getattr(inner, "wide_updates", False)
+    return Transformation(
+        init, update, describe_step=describe, wide_updates=wide_updates, **methods
+    )

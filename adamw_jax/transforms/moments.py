@@ -1,20 +1,20 @@
 """The moments of Adam and AMSGrad."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_choice, check_scalar, check_storage_dtype
+from .._checks import check_choice, check_scalar, check_storage_dtype, is_static
+from .._dtypes import abs_sq, compute_dtype, real_dtype, scalar_dtype
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
     are_all_none,
-    compute_dtype,
     increment,
     map_leaves,
-    scalar_dtype,
     schedule_step,
     zeros_like_params,
 )
@@ -24,11 +24,11 @@ from .rounding import stochastic_round
 AmsgradConvention = Literal["torch", "paper", "optax"]
 
 
-def _init_key(mu_dtype: Any, nu_dtype: Any, stochastic_rounding: bool, seed: int):
-    """The random key of the state, or None if nothing is rounded stochastically."""
-    dtypes = [jnp.dtype(dtype) for dtype in (mu_dtype, nu_dtype) if dtype is not None]
-    narrow = any(dtype != compute_dtype(dtype) for dtype in dtypes)
-    return jax.random.PRNGKey(seed) if stochastic_rounding and narrow else None
+def _is_narrow(dtype: Any) -> bool:
+    """Whether moments may be stored below float32."""
+    if dtype is None or dtype == "params":
+        return dtype == "params"
+    return jnp.dtype(dtype) != compute_dtype(dtype)
 
 
 def _step_key(key: Any, count: jax.Array) -> Any:
@@ -108,6 +108,8 @@ def scale_by_adam(
       $u = \sqrt{c_2}/c_1 \; m / (\sqrt{v + \epsilon_{root}} + \epsilon)$, as Keras,
       TensorFlow and PyTorch before 1.3 do, and hence the fast.ai article.
     * `nesterov` is Dozat's form, as in Optax. It is not PyTorch's NAdam.
+    * An integer or bool parameter is not trained: its update is 0, whatever its
+      gradient, which `jax.grad(..., allow_int=True)` gives as float0.
     * A leaf whose gradient is None keeps its moments, but the one count t goes on for
       it. PyTorch counts per parameter: there, t stands still. Here it stands still only
       if all gradients are None. For PyTorch's numbers give the leaves that are without
@@ -119,8 +121,10 @@ def scale_by_adam(
         b2: decay of the second moment, likewise.
         eps: added to the root of the second moment, in the unit of the gradients.
         eps_root: added under the root; needed to differentiate through the update.
-        mu_dtype: storage dtype of the first moment. None: that of the parameters, but
-            at least float32. The arithmetic is in float32 at least.
+        mu_dtype: storage dtype of the first moment. None: float32, or float64 for
+            float64 parameters; "params": the dtype of each parameter, as in Optax. The
+            arithmetic is in float32 at least. Of a complex parameter this moment is
+            complex64 at least, and the second one, of $|g|^2$, is real.
         nesterov: look one step ahead along the first moment.
         nu_dtype: storage dtype of the second moment, likewise. A second moment in
             bfloat16 never decays if it is rounded to nearest.
@@ -132,10 +136,10 @@ def scale_by_adam(
         seed: seed of the rounding. `jax.vmap` of `init` gives all members the same key.
 
     Returns:
-        A transformation whose updates are float32 (float64 for float64 gradients),
-        also for bfloat16 gradients, so that later links lose nothing. A wrapper that
-        selects between updates and gradients, such as `optax.apply_if_finite`, needs
-        both in one dtype: cast bfloat16 gradients to float32 before it.
+        A transformation whose updates have the dtype of the gradients, or of wider
+        parameters if they are passed.
+        In a chain of bfloat16 gradients, use :func:`adamw_jax.chain`, which does not
+        round between its links.
 
     Raises:
         TypeError, ValueError: an argument is out of range; at `init`, a parameter is
@@ -157,56 +161,28 @@ def scale_by_adam(
         <https://openreview.net/pdf?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
     """
     _check_adam_arguments(b1, b2, eps, eps_root, mu_dtype, nu_dtype, bias_correction)
+    options = (bias_correction, nesterov, epsilon_hat)
+    rounds = stochastic_rounding and (_is_narrow(mu_dtype) or _is_narrow(nu_dtype))
 
     def init(params: Any) -> Any:
         return ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=zeros_like_params(params, mu_dtype),
-            nu=zeros_like_params(params, nu_dtype),
+            nu=zeros_like_params(params, nu_dtype, real=True),
             log_b1=init_log_product(b1, params),
             log_b2=init_log_product(b2, params),
-            key=_init_key(mu_dtype, nu_dtype, stochastic_rounding, seed),
+            key=jax.random.PRNGKey(seed) if rounds else None,
         )
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        del params, extra_args
+        del extra_args
         if are_all_none(updates):
             return updates, state
-        dtype = scalar_dtype((updates, state.mu))
-        beta1 = beta_at("b1", b1, bias_correction, state.count, state.log_b1, dtype)
-        beta2 = beta_at("b2", b2, bias_correction, state.count, state.log_b2, dtype)
-        key = _step_key(state.key, state.count)
+        betas = _current_betas(state.count, b1, b2)
+        return _adam(updates, state, params, *betas, eps, eps_root, *options)
 
-        def leaf(i, g, mu, nu):
-            g = g.astype(compute_dtype(g.dtype))
-            # In the dtype of the leaf, which float64 scalars must not promote.
-            (d1, r1, c1, n1), (d2, r2, c2, _) = (
-                [jnp.asarray(x, g.dtype) for x in beta[:4]] for beta in (beta1, beta2)
-            )
-            m = d1 * mu.astype(g.dtype) + r1 * g
-            v = d2 * nu.astype(g.dtype) + r2 * g * g
-            m_hat = d1 * (m / n1) + r1 * (g / c1) if nesterov else m / c1
-            if epsilon_hat:
-                u = m_hat * jnp.sqrt(c2) / (jnp.sqrt(v + eps_root) + eps)
-            else:
-                u = m_hat / (jnp.sqrt(v / c2 + eps_root) + eps)
-            return (u, *_cast_moments((m, v), (mu.dtype, nu.dtype), key, i))
-
-        updates, mu, nu = map_leaves(
-            leaf, updates, {"state.mu": state.mu, "state.nu": state.nu}, carried=2
-        )
-        return updates, ScaleByAdamState(
-            increment(state.count),
-            mu,
-            nu,
-            beta1.log_product,
-            beta2.log_product,
-            state.key,
-        )
-
-    rounds = _init_key(mu_dtype, nu_dtype, stochastic_rounding, seed) is not None
     return Transformation(
         init,
         update,
@@ -216,6 +192,51 @@ def scale_by_adam(
             **{"bias_correction": bias_correction, "epsilon_hat": epsilon_hat},
             "rounds_stochastically": rounds,
         },
+    )
+
+
+def _current_betas(count: jax.Array, *betas: ScalarOrSchedule) -> tuple[Any, Any]:
+    """Numbers, which a compiled update contains, and arrays, which it is passed."""
+    values = [beta(schedule_step(count)) if callable(beta) else beta for beta in betas]
+    numbers = tuple(float(x) if is_static(x) else None for x in values)
+    arrays = tuple(None if is_static(x) else x for x in values)
+    return numbers, arrays
+
+
+# One program outside of jit, too, where each operation would be a dispatch.
+@functools.partial(jax.jit, static_argnums=(3, 7, 8, 9), inline=True)
+def _adam(
+    updates, state, params, numbers, arrays, eps, eps_root, mode, nesterov, epsilon_hat
+):
+    b1, b2 = (y if x is None else x for x, y in zip(numbers, arrays, strict=True))
+    dtype = scalar_dtype((updates, state.mu))
+    beta1 = beta_at("b1", b1, mode, state.count, state.log_b1, dtype)
+    beta2 = beta_at("b2", b2, mode, state.count, state.log_b2, dtype)
+    key = _step_key(state.key, state.count)
+
+    def leaf(i, g, mu, nu):
+        # In the dtype of the leaf, which float64 scalars must not promote.
+        real = real_dtype(g.dtype)
+        d1, r1, c1, n1 = [jnp.asarray(x, g.dtype) for x in beta1[:4]]
+        d2, r2, c2 = [jnp.asarray(x, real) for x in beta2[:3]]
+        m = d1 * mu.astype(g.dtype) + r1 * g
+        v = d2 * nu.astype(real) + r2 * abs_sq(g)
+        m_hat = d1 * (m / n1) + r1 * (g / c1) if nesterov else m / c1
+        if epsilon_hat:
+            m_hat = m_hat * jnp.sqrt(c2).astype(g.dtype)
+        v_hat = v if epsilon_hat else v / c2
+        u = m_hat / (jnp.sqrt(v_hat + eps_root) + eps).astype(g.dtype)
+        return (u, *_cast_moments((m, v), (mu.dtype, nu.dtype), key, i))
+
+    trees = {"state.mu": state.mu, "state.nu": state.nu}
+    updates, mu, nu = map_leaves(leaf, updates, trees, carried=2, params=params)
+    return updates, ScaleByAdamState(
+        increment(state.count),
+        mu,
+        nu,
+        beta1.log_product,
+        beta2.log_product,
+        state.key,
     )
 
 
@@ -286,7 +307,8 @@ def scale_by_amsgrad(
         seed: seed of the stochastic rounding.
 
     Returns:
-        A transformation whose updates are float32 (float64 for float64 gradients).
+        A transformation whose updates have the dtype of the gradients, or of wider
+        parameters if they are passed.
 
     Raises:
         TypeError, ValueError: as for :func:`scale_by_adam`.
@@ -316,58 +338,80 @@ def scale_by_amsgrad(
     corrected = bias_correction != "none" and convention != "paper"
     mode_mu = bias_correction if corrected and bias_correction_mu else "none"
     mode_nu = bias_correction if corrected and bias_correction_nu else "none"
+    options = (mode_mu, mode_nu, convention, epsilon_hat)
+    rounds = stochastic_rounding and (_is_narrow(mu_dtype) or _is_narrow(nu_dtype))
 
     def init(params: Any) -> Any:
         return ScaleByAmsgradState(
             count=jnp.zeros([], jnp.int32),
             mu=zeros_like_params(params, mu_dtype),
-            nu=zeros_like_params(params, nu_dtype),
-            nu_max=zeros_like_params(params, nu_dtype),
+            nu=zeros_like_params(params, nu_dtype, real=True),
+            nu_max=zeros_like_params(params, nu_dtype, real=True),
             log_b1=init_log_product(b1, params),
             log_b2=init_log_product(b2, params),
-            key=_init_key(mu_dtype, nu_dtype, stochastic_rounding, seed),
+            key=jax.random.PRNGKey(seed) if rounds else None,
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
         if are_all_none(updates):
             return updates, state
-        dtype = scalar_dtype((updates, state.mu))
-        beta1 = beta_at("b1", b1, mode_mu, state.count, state.log_b1, dtype)
-        beta2 = beta_at("b2", b2, mode_nu, state.count, state.log_b2, dtype)
-        key = _step_key(state.key, state.count)
-
-        def leaf(i, g, mu, nu, nu_max):
-            g = g.astype(compute_dtype(g.dtype))
-            (d1, r1, c1), (d2, r2, c2) = (
-                [jnp.asarray(x, g.dtype) for x in beta[:3]] for beta in (beta1, beta2)
-            )
-            m = d1 * mu.astype(g.dtype) + r1 * g
-            v = d2 * nu.astype(g.dtype) + r2 * g * g
-            candidate = v / c2 if convention == "optax" else v
-            maximum = jnp.maximum(nu_max.astype(g.dtype), candidate)
-            v_hat = maximum if convention == "optax" else maximum / c2
-            if epsilon_hat:
-                u = m / c1 * jnp.sqrt(c2) / (jnp.sqrt(maximum + eps_root) + eps)
-            else:
-                u = m / c1 / (jnp.sqrt(v_hat + eps_root) + eps)
-            stored = _cast_moments((m, v), (mu.dtype, nu.dtype), key, i)
-            return (u, *stored, maximum.astype(nu_max.dtype))
-
-        states = {
-            "state.mu": state.mu,
-            "state.nu": state.nu,
-            "state.nu_max": state.nu_max,
-        }
-        updates, mu, nu, nu_max = map_leaves(leaf, updates, states, carried=3)
-        return updates, ScaleByAmsgradState(
-            increment(state.count),
-            mu,
-            nu,
-            nu_max,
-            beta1.log_product,
-            beta2.log_product,
-            state.key,
-        )
+        betas = _current_betas(state.count, b1, b2)
+        return _amsgrad(updates, state, params, *betas, eps, eps_root, *options)
 
     return optax.GradientTransformation(init, update)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 7, 8, 9, 10), inline=True)
+def _amsgrad(
+    updates,
+    state,
+    params,
+    numbers,
+    arrays,
+    eps,
+    eps_root,
+    mode_mu,
+    mode_nu,
+    convention,
+    epsilon_hat,
+):
+    b1, b2 = (y if x is None else x for x, y in zip(numbers, arrays, strict=True))
+    dtype = scalar_dtype((updates, state.mu))
+    beta1 = beta_at("b1", b1, mode_mu, state.count, state.log_b1, dtype)
+    beta2 = beta_at("b2", b2, mode_nu, state.count, state.log_b2, dtype)
+    key = _step_key(state.key, state.count)
+
+    def leaf(i, g, mu, nu, nu_max):
+        real = real_dtype(g.dtype)
+        d1, r1, c1 = [jnp.asarray(x, g.dtype) for x in beta1[:3]]
+        d2, r2, c2 = [jnp.asarray(x, real) for x in beta2[:3]]
+        m = d1 * mu.astype(g.dtype) + r1 * g
+        v = d2 * nu.astype(real) + r2 * abs_sq(g)
+        candidate = v / c2 if convention == "optax" else v
+        maximum = jnp.maximum(nu_max.astype(real), candidate)
+        m_hat = m / c1
+        if epsilon_hat:
+            m_hat = m_hat * jnp.sqrt(c2).astype(g.dtype)
+        keeps = epsilon_hat or convention == "optax"
+        v_hat = maximum if keeps else maximum / c2
+        u = m_hat / (jnp.sqrt(v_hat + eps_root) + eps).astype(g.dtype)
+        stored = _cast_moments((m, v), (mu.dtype, nu.dtype), key, i)
+        return (u, *stored, maximum.astype(nu_max.dtype))
+
+    states = {
+        "state.mu": state.mu,
+        "state.nu": state.nu,
+        "state.nu_max": state.nu_max,
+    }
+    updates, mu, nu, nu_max = map_leaves(
+        leaf, updates, states, carried=3, params=params
+    )
+    return updates, ScaleByAmsgradState(
+        increment(state.count),
+        mu,
+        nu,
+        nu_max,
+        beta1.log_product,
+        beta2.log_product,
+        state.key,
+    )

@@ -1,5 +1,6 @@
 """Momentum."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,6 @@ import optax
 from .._checks import check_scalar, check_storage_dtype
 from .._tree import (
     ScalarOrSchedule,
-    compute_dtype,
     increment,
     map_leaves,
     schedule_step,
@@ -47,7 +47,8 @@ def trace(
         dampened: scale the gradient by $1-\mu$, which makes the buffer an average.
 
     Returns:
-        A transformation whose updates are float32 (float64 for float64 gradients).
+        A transformation whose updates have the dtype of the gradients, or of wider
+        parameters if they are passed.
 
     Raises:
         TypeError, ValueError: as for :func:`scale_by_adam`.
@@ -73,20 +74,23 @@ def trace(
         return TraceState(zeros_like_params(params, accumulator_dtype), step)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
         mu = decay(schedule_step(state.step)) if callable(decay) else decay
-
-        def leaf(_, g, buffer):
-            g = g.astype(compute_dtype(g.dtype))
-            factor = jnp.asarray(mu, g.dtype)
-            g = (1 - factor) * g if dampened else g
-            new = factor * buffer.astype(g.dtype) + g
-            return g + factor * new if nesterov else new, new.astype(buffer.dtype)
-
-        updates, new = map_leaves(
-            leaf, updates, {"state.trace": state.trace}, carried=1
-        )
-        step = None if state.step is None else increment(state.step)
-        return updates, TraceState(new, step)
+        return _trace(updates, state, params, mu, nesterov, dampened)
 
     return optax.GradientTransformation(init, update)
+
+
+# One program outside of jit, too, where each operation would be a dispatch.
+@functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
+def _trace(updates, state, params, decay, nesterov, dampened):
+    def leaf(_, g, buffer):
+        factor = jnp.asarray(decay, g.dtype)
+        g = (1 - factor) * g if dampened else g
+        new = factor * buffer.astype(g.dtype) + g
+        return g + factor * new if nesterov else new, new.astype(buffer.dtype)
+
+    updates, new = map_leaves(
+        leaf, updates, {"state.trace": state.trace}, carried=1, params=params
+    )
+    step = None if state.step is None else increment(state.step)
+    return updates, TraceState(new, step)

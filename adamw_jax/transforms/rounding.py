@@ -1,5 +1,6 @@
 """Stochastic rounding: low-precision storage without bias."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_params
-from .._tree import compute_dtype, increment, map_leaves
+from .._dtypes import compute_dtype
+from .._transformation import Transformation
+from .._tree import increment, map_leaves
 
 
 def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
@@ -113,20 +116,27 @@ def round_updates_stochastically(seed: int = 0) -> optax.GradientTransformation:
             jnp.zeros([], jnp.int32), jax.random.PRNGKey(seed)
         )
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
         check_params(params)
-        key = jax.random.fold_in(state.key, state.count)
+        return _round_updates(updates, state, params)
 
-        def leaf(i, u, p):
-            if p.dtype == compute_dtype(p.dtype):
-                return (u,)
-            exact = p.astype(compute_dtype(p.dtype))
-            bits = jax.random.bits(jax.random.fold_in(key, i), p.shape, "uint16")
-            rounded = stochastic_round(exact + u.astype(exact.dtype), p.dtype, bits)
-            return (rounded.astype(exact.dtype) - exact,)
+    return Transformation(init, update, wide_updates=True)
 
-        (updates,) = map_leaves(leaf, updates, {"params": params}, carried=0)
-        count = increment(state.count)
-        return updates, StochasticRoundingState(count, state.key)
 
-    return optax.GradientTransformation(init, update)
+# One program outside of jit, too, where each operation would be a dispatch.
+@functools.partial(jax.jit, inline=True)
+def _round_updates(updates, state, params):
+    key = jax.random.fold_in(state.key, state.count)
+
+    def leaf(i, u, p):
+        if p.dtype == compute_dtype(p.dtype):
+            return (u,)
+        exact = p.astype(compute_dtype(p.dtype))
+        bits = jax.random.bits(jax.random.fold_in(key, i), p.shape, "uint16")
+        rounded = stochastic_round(exact + u.astype(exact.dtype), p.dtype, bits)
+        return (rounded.astype(exact.dtype) - exact,)
+
+    trees = {"params": params}
+    (updates,) = map_leaves(leaf, updates, trees, carried=0, casts=False)
+    return updates, StochasticRoundingState(increment(state.count), state.key)

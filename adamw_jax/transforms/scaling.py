@@ -1,5 +1,6 @@
 """The learning rate, and rules with a scheduled scalar."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ from .._checks import check_params, check_scalar
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
-    compute_dtype,
     increment,
     map_leaves,
     schedule_step,
@@ -33,7 +33,10 @@ def scheduled(
     needs_params: bool = True,
     arguments: Mapping[str, Any] | None = None,
 ) -> Transformation:
-    """Replaces u by `rule(value, u, parameter)` at every leaf that the mask selects."""
+    """Replaces u by `rule(value, u, parameter)` at every leaf that the mask selects.
+
+    The rule is a function of a module: what is compiled for it is found again.
+    """
 
     def init(params: Any) -> Any:
         resolve_mask(mask, params)  # refuses a mask that does not match
@@ -48,22 +51,28 @@ def scheduled(
         if needs_params:
             check_params(params)
         current = value(schedule_step(state.step)) if callable(value) else value
-        selected = None if mask is None else leaf_flags(mask, params, updates)
-
-        def leaf(i, u, p=None):
-            u = u.astype(compute_dtype(u.dtype))
-            if selected is not None and not selected[i]:
-                return (u,)
-            p = p if p is None else p.astype(u.dtype)
-            return (rule(jnp.asarray(current, u.dtype), u, p),)
-
-        trees = {"params": params} if needs_params else {}
-        (updates,) = map_leaves(leaf, updates, trees, carried=0)
-        if callable(value):
-            state = ScheduleState(increment(state.step))
-        return updates, state
+        selected = None if mask is None else tuple(leaf_flags(mask, params, updates))
+        return _apply_rule(
+            updates, state, params, current, rule, selected, needs_params
+        )
 
     return Transformation(init, update, arguments=arguments or {})
+
+
+# One program outside of jit, too, where each operation would be a dispatch.
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
+def _apply_rule(updates, state, params, value, rule, selected, needs_params):
+    def leaf(i, u, p=None):
+        if selected is not None and not selected[i]:
+            return (u,)
+        p = p if p is None else p.astype(u.dtype)
+        return (rule(jnp.asarray(value, u.dtype), u, p),)
+
+    trees = {"params": params} if needs_params else {}
+    (updates,) = map_leaves(leaf, updates, trees, carried=0, params=params)
+    if isinstance(state, ScheduleState):
+        state = ScheduleState(increment(state.step))
+    return updates, state
 
 
 def scale_by_learning_rate(
@@ -93,10 +102,19 @@ def scale_by_learning_rate(
         -1.0
     """
     check_scalar("learning_rate", learning_rate, schedule=True)
-    sign = -1 if flip_sign else 1
     return scheduled(
         learning_rate,
-        lambda lr, u, p: sign * lr * u,
+        _descend if flip_sign else _ascend,
         needs_params=False,
         arguments={"learning_rate": learning_rate},
     )
+
+
+def _descend(learning_rate, u, p):
+    del p
+    return -learning_rate * u
+
+
+def _ascend(learning_rate, u, p):
+    del p
+    return learning_rate * u

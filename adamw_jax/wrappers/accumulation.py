@@ -9,12 +9,13 @@ import numpy as np
 import optax
 
 from .._checks import check_scalar
-from .._transformation import Transformation, multiply
+from .._dtypes import as_array, cast, is_inexact, scalar_dtype
+from .._transformation import Transformation, keep_state_dtypes, multiply
 from .._tree import (
     find_states,
     increment,
     map_leaves,
-    scalar_dtype,
+    narrow,
     schedule_step,
     zeros_like_params,
 )
@@ -54,8 +55,8 @@ def accumulate_gradients(
 
     Conventions that bite:
 
-    * The sum, the mean and the updates are float32 (float64 for float64 parameters),
-      whatever the dtype of the gradients.
+    * The sum and the mean are float32 (float64 for float64 parameters), whatever the
+      dtype of the gradients; the updates have that of the gradients.
     * The first gradient of a window replaces the sum, so a NaN reaches the mean of its
       own window and no other. Put `optax.apply_if_finite` inside to skip such windows.
       `skip_nonfinite` skips the micro-batch instead, with all its leaves, at the cost
@@ -102,8 +103,9 @@ def accumulate_gradients(
         [-0. -0.] False
         [-2. -4.] True
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = keep_state_dtypes(inner)
     window = _window(every_k)
+    wide_updates = getattr(inner, "wide_updates", False)
 
     def init(params):
         return AccumulateState(
@@ -142,7 +144,8 @@ def accumulate_gradients(
             return new_sum, new_sum
 
         # Not inside lax.cond: XLA would copy the sums into it and out of it.
-        mean, sums = map_leaves(add, grads, {"state.grads": state.grads}, carried=1)
+        trees = {"state.grads": state.grads}
+        mean, sums = map_leaves(add, grads, trees, carried=1, casts=False)
         out, inner_state = jax.lax.cond(
             runs, run, wait, mean, state.inner_state, params
         )
@@ -161,25 +164,22 @@ def accumulate_gradients(
     ) -> tuple[Any, AccumulateState]:
         def run(mean, inner_state, params):
             new, new_state = inner.update(mean, inner_state, params, **extra_args)
-            # The dtypes of the other branch: Optax's Adam widens bfloat16 moments.
-            new = jax.tree.map(_cast_like, new, mean)
-            return new, jax.tree.map(_cast_like, new_state, inner_state)
+            # The dtypes of the other branch.
+            return jax.tree.map(lambda u, x: cast(u, x.dtype), new, mean), new_state
 
         def wait(mean, inner_state, params):
             del params
             # -0.0 is the neutral element: adding 0.0 would flip the sign of -0.0.
             return jax.tree.map(lambda x: jnp.full_like(x, -0.0), mean), inner_state
 
-        return add_to_window(updates, state, params, run, wait, weight, last)
+        new, state = add_to_window(updates, state, params, run, wait, weight, last)
+        return new if wide_updates else narrow(new, updates, params), state
 
     def step(
         grads, state, params, *, factor=None, weight=1.0, last=False, **extra_args
     ) -> tuple[Any, AccumulateState]:
         def run(mean, inner_state, params):
-            params, new_state = update_and_apply(
-                inner, mean, inner_state, params, **extra_args
-            )
-            return params, jax.tree.map(_cast_like, new_state, inner_state)
+            return update_and_apply(inner, mean, inner_state, params, **extra_args)
 
         def wait(mean, inner_state, params):
             del mean
@@ -192,7 +192,9 @@ def accumulate_gradients(
         way = describe_step(inner, params)
         return f"at the end of a window: {way}; before, only a sum"
 
-    return Transformation(init, update, step=step, describe_step=describe)
+    return Transformation(
+        init, update, step=step, describe_step=describe, wide_updates=wide_updates
+    )
 
 
 def has_updated(state: optax.OptState) -> jax.Array:
@@ -248,10 +250,7 @@ def _all_finite(tree: Any) -> jax.Array:
     # 0 * NaN and 0 * inf are NaN, and so is their sum: one pass, without the array of
     # bools of isfinite. XLA's maximum on a CPU drops NaN in larger arrays.
     finite = jnp.asarray(True)
-    for leaf in jax.tree.leaves(tree):
-        finite &= (leaf * 0).sum() == 0
+    for leaf in map(as_array, jax.tree.leaves(tree)):
+        if is_inexact(leaf):
+            finite &= (leaf * 0).sum() == 0
     return finite
-
-
-def _cast_like(x: Any, like: Any) -> jax.Array:
-    return x if getattr(x, "dtype", None) == like.dtype else jnp.asarray(x, like.dtype)

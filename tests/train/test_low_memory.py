@@ -35,6 +35,22 @@ def two_of_ours(monkeypatch):
 
 
 @pytest.mark.slow
+def test_parameters_in_bfloat16(cifar_dir, tmp_path, monkeypatch):
+    """Five optimizers; Optax's moments are half as large as ours of float32."""
+    config = dataclasses.replace(
+        TINY, data_dir=cifar_dir, out=tmp_path, param_dtype="bfloat16"
+    )
+    folder = low_memory.main(config)
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert list(rows) == list(low_memory.BFLOAT16_PARAMS)
+    assert all(np.isfinite(row["loss"]["runs"]).all() for row in rows.values())
+    sizes = {name: row["bytes_per_parameter"] for name, row in rows.items()}
+    assert 4 < sizes["bfloat16, to nearest, optax.adamw"] < 4.1
+    assert 8 < sizes["float32"] < 8.1
+    assert "Parameters in bfloat16." in (folder / "results.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_table(cifar_dir, tmp_path, monkeypatch, capsys, two_of_ours):
     pytest.importorskip("torch")
     for module in ("torchao", "bitsandbytes"):
