@@ -374,9 +374,9 @@ def page(config: Config, results: dict[str, Any]) -> str:
             + (f"{loss['mean']:.4f} ± {loss['std']:.4f}", difference)
             + (report.spread(row["accuracy"]),)
         )
-    dtype = config.param_dtype
     lines = [
-        f"Parameters in {dtype}. CIFAR-10 with {config.train_size} training images, {config.epochs} epochs of "
+        f"Parameters in {config.param_dtype}. "
+        f"CIFAR-10 with {config.train_size} training images, {config.epochs} epochs of "
         f"1cycle in batches of {config.batch_size}; a network of "
         f"{results['parameters']:,} parameters. The training loss is that of the last "
         f"epoch. Values are mean ± standard deviation over {config.seeds} seeds; "
