@@ -24,7 +24,6 @@ from ..transforms.bias_correction import LogProduct
 from ..transforms.moments import ScaleByAdamState, ScaleByAmsgradState
 from ..transforms.momentum import TraceState
 from ..transforms.rounding import StochasticRoundingState
-from ..transforms.scaling import ScheduleState
 from .names import (
     Layout,
     Parameter,
@@ -59,7 +58,7 @@ _MOMENTS = (
     optax.ScaleByAdamState,
     optax.TraceState,
 )
-_COUNTERS = (ScheduleState, StochasticRoundingState, optax.ScaleByScheduleState)
+_COUNTERS = (StochasticRoundingState, optax.ScaleByScheduleState)
 _KNOWN = (HyperparamsState, *_MOMENTS, *_COUNTERS)
 _PARTS = (HyperparamsState, optax.transforms.PartitionState)
 
@@ -177,8 +176,7 @@ def from_torch_state_dict(
 
     def fill(node):
         if isinstance(node, _COUNTERS):
-            field = "step" if isinstance(node, ScheduleState) else "count"
-            return node._replace(**{field: put_number(getattr(node, field), step)})
+            return node._replace(count=put_number(node.count, step))
         if isinstance(node, HyperparamsState):
             new = node._replace(
                 step=put_number(node.step, step),

@@ -1,7 +1,7 @@
 """The learning rate, and rules with a scheduled scalar."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,6 @@ from .._tree import (
 from ..masks import Mask, leaf_flags, resolve_mask
 
 
-class ScheduleState(NamedTuple):
-    """The step at which a schedule is evaluated."""
-
-    step: jax.Array  # int32 []
-
-
 def scheduled(
     value: ScalarOrSchedule,
     rule: Callable[[jax.Array, jax.Array, Any], jax.Array],
@@ -38,7 +32,7 @@ def scheduled(
     def init(params: Any) -> Any:
         resolve_mask(mask, params)  # refuses a mask that does not match
         if callable(value):
-            return ScheduleState(jnp.zeros([], jnp.int32))
+            return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
         return optax.EmptyState()
 
     def update(
@@ -47,7 +41,7 @@ def scheduled(
         del extra_args
         if needs_params:
             check_params(params)
-        current = value(schedule_step(state.step)) if callable(value) else value
+        current = value(schedule_step(state.count)) if callable(value) else value
         selected = None if mask is None else leaf_flags(mask, params, updates)
 
         def leaf(i, u, p=None):
@@ -60,7 +54,7 @@ def scheduled(
         trees = {"params": params} if needs_params else {}
         (updates,) = map_leaves(leaf, updates, trees, carried=0)
         if callable(value):
-            state = ScheduleState(increment(state.step))
+            state = optax.ScaleByScheduleState(increment(state.count))
         return updates, state
 
     return Transformation(init, update, arguments=arguments or {})
