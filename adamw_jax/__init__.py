@@ -12,8 +12,8 @@ Everything that transforms gradients is an Optax transformation and works in
 
 Optimizers
     adam, adamw, amsgrad, sgd: drop-ins for Optax's, with the hyperparameters in the
-    state. current_hyperparams reads them, override_hyperparams changes them;
-    with_hyperparams does the same for a chain of your own.
+    state. current_hyperparams reads them, override_hyperparams changes them, both also
+    by one of hyperparam_groups; with_hyperparams does the same for a chain of your own.
 
 Links of a chain
     scale_by_adam, scale_by_amsgrad, trace: moments. add_decayed_weights,
@@ -56,7 +56,9 @@ from .apply import describe_step as describe_step
 from .apply import update_and_apply as update_and_apply
 from .fused.adamw import adamw as adamw
 from .hyperparams import HyperparamsState as HyperparamsState
+from .hyperparams import ScaleByGroupState as ScaleByGroupState
 from .hyperparams import current_hyperparams as current_hyperparams
+from .hyperparams import hyperparam_groups as hyperparam_groups
 from .hyperparams import override_hyperparams as override_hyperparams
 from .hyperparams import with_hyperparams as with_hyperparams
 from .masks import describe_mask as describe_mask

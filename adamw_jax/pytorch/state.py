@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from .._tree import broadcast, find_states, path_string
-from ..hyperparams import HyperparamsState
+from ..hyperparams import HyperparamsState, ScaleByGroupState
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import LogProduct
 from ..transforms.moments import ScaleByAdamState, ScaleByAmsgradState
@@ -59,7 +59,7 @@ _MOMENTS = (
     optax.TraceState,
 )
 _COUNTERS = (StochasticRoundingState, optax.ScaleByScheduleState)
-_KNOWN = (HyperparamsState, *_MOMENTS, *_COUNTERS)
+_KNOWN = (HyperparamsState, ScaleByGroupState, *_MOMENTS, *_COUNTERS)
 _PARTS = (HyperparamsState, optax.transforms.PartitionState)
 
 

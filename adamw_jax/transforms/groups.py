@@ -5,12 +5,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._checks import check_params, check_scalar
 from .._transformation import Transformation, step_with_factor
-from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
+from .._tree import (
+    broadcast,
+    compute_dtype,
+    is_none,
+    leaves_like,
+    map_leaves,
+    on_leaves,
+    path_string,
+    scalar_dtype,
+)
 from ..apply import describe_step
+from ..hyperparams import ScaleByGroupState, values_in_force
 from ..masks import Mask, resolve_mask
 
 
@@ -34,7 +45,8 @@ def scale_by_group(
 
     Raises:
         ValueError: a multiplier is negative; or, at `init`, a label has no multiplier
-            or a multiplier no leaf.
+            or a multiplier no leaf. Inside `optax.partition`, `optax.masked` or
+            :func:`freeze_leaves` a multiplier may be for leaves that are elsewhere.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -55,6 +67,8 @@ def scale_by_group(
     """
     for name, value in multipliers.items():
         check_scalar(f"multipliers[{name!r}]", value)
+    names = sorted(multipliers)
+    follows = tuple(isinstance(multipliers[name], jax.Array) for name in names)
 
     def resolve(params):
         tree = on_leaves("labels", lambda p: broadcast("labels", labels, p))(params)
@@ -66,24 +80,52 @@ def scale_by_group(
                 )
         return tree
 
+    def values(dtype):
+        # Copies, so that the state can be donated.
+        return tuple(jnp.array(multipliers[name], dtype) for name in names)
+
     def init(params):
         used = set(jax.tree.leaves(resolve(params)))
-        if used and (unused := set(multipliers) - used):
+        unused = set(multipliers) - used
+        if used and unused and not _has_masked_leaves(params):
             raise ValueError(
                 f"no leaf has the label {', '.join(sorted(unused))} of multipliers"
             )
-        return optax.EmptyState()
+        dtype = scalar_dtype(params)
+        return ScaleByGroupState(
+            dict(zip(names, values(dtype), strict=True)),
+            values(dtype),
+            tuple(jnp.zeros([], jnp.int32) for _ in names),
+        )
 
     def update(updates, state, params=None):
         tree = resolve(updates if params is None else params)
         flat_labels = leaves_like(updates, "params", tree)
+        current, stored, last, overridden = values_in_force(
+            values(compute_dtype(state.last_values[0].dtype)),
+            tuple(jnp.asarray(state.multipliers[name]) for name in names),
+            state.last_values,
+            state.overridden,
+            ("multiplier",) * len(names),
+            follows,
+        )
+        by_label = dict(zip(names, current, strict=True))
 
         def leaf(i, u):
-            return (jnp.asarray(multipliers[flat_labels[i]], u.dtype) * u,)
+            wide = np.promote_types(u.dtype, compute_dtype(u.dtype))
+            scaled = by_label[flat_labels[i]].astype(wide) * u.astype(wide)
+            return (scaled.astype(u.dtype),)
 
-        return map_leaves(leaf, updates, {}, carried=0)[0], state
+        (updates,) = map_leaves(leaf, updates, {}, carried=0)
+        stored = dict(zip(names, stored, strict=True))
+        return updates, ScaleByGroupState(stored, last, overridden)
 
     return optax.GradientTransformation(init, update)
+
+
+def _has_masked_leaves(params: Any) -> bool:
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return any(isinstance(x, optax.MaskedNode) for x in nodes)
 
 
 class FreezeState(NamedTuple):
