@@ -40,6 +40,9 @@ Memory
     pack_like: thousands of small leaves in a few buffers. quantize_moments,
     quantize_blockwise, dequantize_blockwise: moments in eight bits.
 
+Optax's states
+    from_optax_state, to_optax_state: a run of Optax goes on here, and back.
+
 PyTorch checkpoints
     optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
     PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
@@ -66,6 +69,8 @@ from .masks import labels_by_path as labels_by_path
 from .masks import mask_by as mask_by
 from .masks import mask_by_path as mask_by_path
 from .masks import no_decay_on_bias_and_norm as no_decay_on_bias_and_norm
+from .optax_state import from_optax_state as from_optax_state
+from .optax_state import to_optax_state as to_optax_state
 from .optimizers import adam as adam
 from .optimizers import amsgrad as amsgrad
 from .optimizers import sgd as sgd
