@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +56,10 @@ def from_optax_state(
         The new state.
 
     Raises:
-        ValueError: the states are of different transformations, or their leaves have
-            different paths, shapes, or dtypes that would lose bits; counts differ or
-            are missing; `optax.MultiSteps` is within a window. The message names it.
+        TypeError, ValueError: the states are of different transformations, or their
+            leaves have different paths, shapes, or dtypes that would lose bits; counts
+            differ or are missing; `optax.MultiSteps` is within a window; or they are no
+            states. The message names it.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -96,7 +97,7 @@ def to_optax_state(
         The new state of Optax.
 
     Raises:
-        ValueError: as for :func:`from_optax_state`.
+        TypeError, ValueError: as for :func:`from_optax_state`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -195,7 +196,7 @@ def _map_children(node: Any, scope: Scope, f: Callable[[Any, Scope], Any]) -> An
         return type(node)(f(x, scope) for x in node)
     if isinstance(node, Mapping):
         pairs = [(key, f(x, (*scope, str(key)))) for key, x in node.items()]
-        return type(node)(pairs)  # pyrefly: ignore[bad-instantiation]
+        return cast(Any, type(node))(pairs)
     return node
 
 
@@ -264,6 +265,12 @@ def _convert(
 ) -> Any:
     if step is not None and (step < 0 or int(step) != step):
         raise ValueError(f"step must be an integer >= 0, got {step!r}")
+    for name, state in ((source_name, source), (target_name, target)):
+        if not isinstance(state, tuple | list | Mapping):
+            raise TypeError(
+                f"{name} must be the state of an optimizer, got "
+                f"{type(state).__name__}; pass its opt_state"
+            )
     parts = _collect(source), _collect(target)
     conversion = _Conversion(source_name, target_name, *parts, {}, step)
     conversion = conversion._replace(scopes=_match(conversion))
@@ -315,8 +322,8 @@ def _match(conversion: _Conversion) -> dict[Scope, Scope]:
         has, expected = source.get(theirs, {}), target.get(ours, {})
         if has != expected:
             message = (
-                f"{_label(theirs)}it has {_list(has)}, and {conversion.target_name} "
-                f"{_list(expected)}"
+                f"{_label(theirs)}it has {_list(has)}, but {conversion.target_name} "
+                f"has {_list(expected)}"
             )
             if all(any("Amsgrad" in k for k in kinds) for kinds in (has, expected)):
                 message += "; only convention='optax' has the maximum that Optax has"
@@ -521,8 +528,8 @@ def _pair(
     targets = conversion.target[scope][kind]
     if len(found) != len(targets):
         raise conversion.fail(
-            f"{_label(scope)}it has the hyperparameters of {len(found)} optimizers, "
-            f"and {conversion.target_name} those of {len(targets)}"
+            f"{_label(scope)}the hyperparameters in it are of {len(found)} optimizers, "
+            f"but those in {conversion.target_name} of {len(targets)}"
         )
     queue = queues.setdefault((scope, "values", kind), iter(found))
     return next(queue).node
@@ -626,8 +633,8 @@ def _copy_leaf(
     leaf = f"{name} of leaf {path}" if path else name
     if np.shape(new) != np.shape(old):
         raise conversion.fail(
-            f"{leaf} has shape {np.shape(new)}, and {conversion.target_name} "
-            f"{np.shape(old)}"
+            f"{leaf} has shape {np.shape(new)}, but {np.shape(old)} in "
+            f"{conversion.target_name}"
         )
     if not isinstance(new, jax.Array):  # of a checkpoint
         new = jax.device_put(np.asarray(new), getattr(old, "sharding", None))

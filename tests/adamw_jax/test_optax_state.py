@@ -124,7 +124,8 @@ def test_a_run_goes_on_and_back(name, x64):
     optax_state = aj.to_optax_state(state, theirs.init(p))
     moved, _ = run(theirs, moved, optax_state, range(8, 10))
     for leaf, x in expected.items():
-        np.testing.assert_allclose(moved[leaf], x, rtol=1e-9)
+        rtol = 1e-7 if "MultiSteps" in name else 1e-9  # its sums are float32
+        np.testing.assert_allclose(moved[leaf], x, rtol=rtol)
     assert np.abs(expected["w"] - p["w"]).max() > 0.01
 
 
@@ -261,8 +262,8 @@ def test_a_beta_that_was_not_constant():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (optax.adam(0.1), aj.sgd(0.1, 0.9), "has 1 ScaleByAdamState, and state 1 Trac"),
-        (optax.sgd(0.1), aj.adam(0.1), "has no moments, and state 1 ScaleByAdamState"),
+        (optax.adam(0.1), aj.sgd(0.1, 0.9), "has 1 ScaleByAdamState, but state has 1 "),
+        (optax.sgd(0.1), aj.adam(0.1), "has no moments, but state has 1 ScaleBy"),
         (
             optax.amsgrad(0.1),
             aj.amsgrad(0.1),
@@ -272,7 +273,7 @@ def test_a_beta_that_was_not_constant():
         (
             optax.partition({"a": optax.adam(0.1), "b": optax.adam(0.1)}, LABELS),
             optax.partition({"a": aj.adam(0.1), "b": aj.sgd(0.1)}, LABELS),
-            "with the label b it has 1 ScaleByAdamState, and state no moments",
+            "with the label b it has 1 ScaleByAdamState, but state has no moments",
         ),
         (
             optax.masked(optax.adam(0.1), MASK),
@@ -287,7 +288,7 @@ def test_a_beta_that_was_not_constant():
         (
             optax.inject_hyperparams(optax.sgd)(0.1),
             aj.chain(aj.sgd(0.1), aj.sgd(0.1)),
-            "the hyperparameters of 1 optimizers, and state those of 2",
+            "hyperparameters in it are of 1 optimizers, but those in state of 2",
         ),
     ],
 )
@@ -299,7 +300,7 @@ def test_transformations_that_differ(old, new, message):
 def test_shapes_and_dtypes_that_differ():
     tx = aj.adam(0.1)
     wide = P | {"w": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"mu of leaf w has shape \(3,\), and state"):
+    with pytest.raises(ValueError, match=r"mu of leaf w has shape \(3,\), but \(2,\)"):
         aj.from_optax_state(optax.adam(0.1).init(wide), tx.init(P))
     low = aj.adam(0.1, mu_dtype=jnp.bfloat16)
     _, old = run(optax.adam(0.1), P, optax.adam(0.1).init(P), range(2))
@@ -322,6 +323,14 @@ def test_a_window_that_has_begun():
     _, state = run(ours, P, ours.init(P), range(5))
     with pytest.raises(ValueError, match="within a window, after 2 micro-batches"):
         aj.to_optax_state(state, theirs.init(P))
+
+
+def test_what_is_no_state():
+    class Optimizer:
+        opt_state = optax.adam(0.1).init(P)
+
+    with pytest.raises(TypeError, match="optax_state must be .*, got Optimizer; pass"):
+        aj.from_optax_state(Optimizer(), aj.adam(0.1).init(P))
 
 
 def test_under_jit():
