@@ -12,8 +12,8 @@ Everything that transforms gradients is an Optax transformation and works in
 
 Optimizers
     adam, adamw, amsgrad, sgd: drop-ins for Optax's, with the hyperparameters in the
-    state. current_hyperparams reads them, override_hyperparams changes them;
-    with_hyperparams does the same for a chain of your own.
+    state. current_hyperparams reads them, override_hyperparams changes them, both also
+    by one of hyperparam_groups; with_hyperparams does the same for a chain of your own.
 
 Links of a chain
     scale_by_adam, scale_by_amsgrad, trace: moments. add_decayed_weights,
@@ -40,6 +40,9 @@ Memory
     pack_like: thousands of small leaves in a few buffers. quantize_moments,
     quantize_blockwise, dequantize_blockwise: moments in eight bits.
 
+Optax's states
+    from_optax_state, to_optax_state: a run of Optax goes on here, and back.
+
 PyTorch checkpoints
     optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
     PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
@@ -56,7 +59,9 @@ from .apply import describe_step as describe_step
 from .apply import update_and_apply as update_and_apply
 from .fused.adamw import adamw as adamw
 from .hyperparams import HyperparamsState as HyperparamsState
+from .hyperparams import ScaleByGroupState as ScaleByGroupState
 from .hyperparams import current_hyperparams as current_hyperparams
+from .hyperparams import hyperparam_groups as hyperparam_groups
 from .hyperparams import override_hyperparams as override_hyperparams
 from .hyperparams import with_hyperparams as with_hyperparams
 from .masks import describe_mask as describe_mask
@@ -64,6 +69,8 @@ from .masks import labels_by_path as labels_by_path
 from .masks import mask_by as mask_by
 from .masks import mask_by_path as mask_by_path
 from .masks import no_decay_on_bias_and_norm as no_decay_on_bias_and_norm
+from .optax_state import from_optax_state as from_optax_state
+from .optax_state import to_optax_state as to_optax_state
 from .optimizers import adam as adam
 from .optimizers import amsgrad as amsgrad
 from .optimizers import sgd as sgd

@@ -1,5 +1,6 @@
 """Trees and their leaves: paths, dtypes, error messages, maps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ def path_string(path: tuple) -> str:
     return "/".join(part.lstrip(".") for part in parts)
 
 
+@functools.partial(jax.jit, inline=True)
 def increment(count: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(count))
 

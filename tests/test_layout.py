@@ -21,7 +21,10 @@ CORE = [LIBRARY / f"{name}.py" for name in CORE_FILES]
 CORE += [
     p for room in ("transforms", "schedules") for p in (LIBRARY / room).glob("*.py")
 ]
-EXTRAS = [f"adamw_jax.{name}" for name in ("wrappers", "pytorch", "fused", "lr_finder")]
+EXTRAS = [
+    f"adamw_jax.{name}"
+    for name in ("wrappers", "pytorch", "fused", "lr_finder", "optax_state")
+]
 
 
 def name(path: Path) -> str:

@@ -18,13 +18,12 @@ import numpy as np
 import optax
 
 from .._tree import broadcast, find_states, path_string
-from ..hyperparams import HyperparamsState
+from ..hyperparams import HyperparamsState, ScaleByGroupState, is_overridden
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import LogProduct
 from ..transforms.moments import ScaleByAdamState, ScaleByAmsgradState
 from ..transforms.momentum import TraceState
 from ..transforms.rounding import StochasticRoundingState
-from ..transforms.scaling import ScheduleState
 from .names import (
     Layout,
     Parameter,
@@ -59,8 +58,8 @@ _MOMENTS = (
     optax.ScaleByAdamState,
     optax.TraceState,
 )
-_COUNTERS = (ScheduleState, StochasticRoundingState, optax.ScaleByScheduleState)
-_KNOWN = (HyperparamsState, *_MOMENTS, *_COUNTERS)
+_COUNTERS = (StochasticRoundingState, optax.ScaleByScheduleState)
+_KNOWN = (HyperparamsState, ScaleByGroupState, *_MOMENTS, *_COUNTERS)
 _PARTS = (HyperparamsState, optax.transforms.PartitionState)
 
 
@@ -177,8 +176,7 @@ def from_torch_state_dict(
 
     def fill(node):
         if isinstance(node, _COUNTERS):
-            field = "step" if isinstance(node, ScheduleState) else "count"
-            return node._replace(**{field: put_number(getattr(node, field), step)})
+            return node._replace(count=put_number(node.count, step))
         if isinstance(node, HyperparamsState):
             new = node._replace(
                 step=put_number(node.step, step),
@@ -628,7 +626,7 @@ def _fill_hyperparams(
         values["b1"], values["b2"] = get_betas(groups[0])
     new, last = dict(node.hyperparams), list(node.last_values)
     for i, name in enumerate(sorted(new)):
-        if name in values and not jax.tree.leaves(node.overridden[i])[0]:
+        if name in values and not is_overridden(jax.tree.leaves(last[i])[0]):
             new[name] = put_number(new[name], values[name])
             last[i] = put_number(last[i], values[name])
     return node._replace(hyperparams=new, last_values=tuple(last))

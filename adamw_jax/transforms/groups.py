@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_params, check_scalar
-from .._dtypes import as_array, is_inexact
+from .._dtypes import as_array, is_inexact, scalar_dtype
 from .._transformation import Transformation, keep_state_dtypes, step_with_factor
 from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
 from ..apply import describe_step
+from ..hyperparams import ScaleByGroupState, values_in_force
 from ..masks import Mask, resolve_mask
 
 
@@ -35,7 +36,8 @@ def scale_by_group(
 
     Raises:
         ValueError: a multiplier is negative; or, at `init`, a label has no multiplier
-            or a multiplier no leaf.
+            or a multiplier no leaf. Inside `optax.partition`, `optax.masked` or
+            :func:`freeze_leaves` a multiplier may be for leaves that are elsewhere.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -56,6 +58,8 @@ def scale_by_group(
     """
     for name, value in multipliers.items():
         check_scalar(f"multipliers[{name!r}]", value)
+    names = sorted(multipliers)
+    follows = tuple(isinstance(multipliers[name], jax.Array) for name in names)
 
     def resolve(params):
         tree = on_leaves("labels", lambda p: broadcast("labels", labels, p))(params)
@@ -67,24 +71,46 @@ def scale_by_group(
                 )
         return tree
 
+    values = tuple(multipliers[name] for name in names)
+
     def init(params):
         used = set(jax.tree.leaves(resolve(params)))
-        if used and (unused := set(multipliers) - used):
+        unused = set(multipliers) - used
+        if used and unused and not _has_masked_leaves(params):
             raise ValueError(
                 f"no leaf has the label {', '.join(sorted(unused))} of multipliers"
             )
-        return optax.EmptyState()
+        dtype = scalar_dtype(params)
+        # Two copies, so that the state can be donated.
+        last = tuple(jnp.array(x, dtype) for x in values)
+        current = dict(zip(names, map(jnp.copy, last), strict=True))
+        return ScaleByGroupState(current, last)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
         tree = resolve(updates if params is None else params)
         flat_labels = leaves_like(updates, "params", tree)
+        current, stored, last = values_in_force(
+            values,
+            tuple(jnp.asarray(state.multipliers[name]) for name in names),
+            state.last_values,
+            ("multiplier",) * len(names),
+            follows,
+        )
+        by_label = dict(zip(names, current, strict=True))
 
         def leaf(i, u):
-            return (jnp.asarray(multipliers[flat_labels[i]], u.dtype) * u,)
+            return (by_label[flat_labels[i]].astype(u.dtype) * u,)
 
-        return map_leaves(leaf, updates, {}, carried=0)[0], state
+        (updates,) = map_leaves(leaf, updates, {}, carried=0, params=params)
+        return updates, ScaleByGroupState(dict(zip(names, stored, strict=True)), last)
 
-    return optax.GradientTransformation(init, update)
+    return Transformation(init, update)
+
+
+def _has_masked_leaves(params: Any) -> bool:
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return any(isinstance(x, optax.MaskedNode) for x in nodes)
 
 
 class FreezeState(NamedTuple):

@@ -53,15 +53,22 @@ def _cast_moments(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
     return tuple(stored)
 
 
-class ScaleByAdamState(NamedTuple):
-    """The last three are None for constant betas and full-precision moments."""
-
+class _AdamFields(NamedTuple):
     count: jax.Array  # int32 []: updates done
     mu: optax.Updates  # like params; mu_dtype
     nu: optax.Updates  # like params; nu_dtype
     log_b1: LogProduct | None = None
     log_b2: LogProduct | None = None
     key: jax.Array | None = None  # uint32 [2]
+
+
+class ScaleByAdamState(_AdamFields, optax.ScaleByAdamState):
+    """Optax's state, for code that looks for it, and three fields more.
+
+    These are None for constant betas and full-precision moments.
+    """
+
+    __slots__ = ()
 
 
 def _check_adam_arguments(b1, b2, eps, eps_root, mu_dtype, nu_dtype, bias_correction):
@@ -252,6 +259,12 @@ class ScaleByAmsgradState(NamedTuple):
     key: jax.Array | None = None
 
 
+class OptaxAmsgradState(ScaleByAmsgradState, optax.ScaleByAmsgradState):
+    """That of `convention="optax"`: nu_max is of the corrected second moment."""
+
+    __slots__ = ()
+
+
 def scale_by_amsgrad(
     b1: ScalarOrSchedule = 0.9,
     b2: ScalarOrSchedule = 0.999,
@@ -340,9 +353,10 @@ def scale_by_amsgrad(
     mode_nu = bias_correction if corrected and bias_correction_nu else "none"
     options = (mode_mu, mode_nu, convention, epsilon_hat)
     rounds = stochastic_rounding and (_is_narrow(mu_dtype) or _is_narrow(nu_dtype))
+    state_type = OptaxAmsgradState if convention == "optax" else ScaleByAmsgradState
 
     def init(params: Any) -> Any:
-        return ScaleByAmsgradState(
+        return state_type(
             count=jnp.zeros([], jnp.int32),
             mu=zeros_like_params(params, mu_dtype),
             nu=zeros_like_params(params, nu_dtype, real=True),
@@ -406,7 +420,7 @@ def _amsgrad(
     updates, mu, nu, nu_max = map_leaves(
         leaf, updates, states, carried=3, params=params
     )
-    return updates, ScaleByAmsgradState(
+    return updates, type(state)(
         increment(state.count),
         mu,
         nu,

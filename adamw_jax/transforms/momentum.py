@@ -17,11 +17,15 @@ from .._tree import (
 )
 
 
-class TraceState(NamedTuple):
-    """The momentum buffer and, for a scheduled decay, the step of the schedule."""
-
+class _TraceFields(NamedTuple):
     trace: optax.Updates  # like params; accumulator_dtype
     step: jax.Array | None = None  # int32 []
+
+
+class TraceState(_TraceFields, optax.TraceState):
+    """The momentum buffer and, for a scheduled decay, the step of the schedule."""
+
+    __slots__ = ()
 
 
 def trace(

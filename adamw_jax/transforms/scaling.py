@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,6 @@ from .._tree import (
     schedule_step,
 )
 from ..masks import Mask, leaf_flags, resolve_mask
-
-
-class ScheduleState(NamedTuple):
-    """The step at which a schedule is evaluated."""
-
-    step: jax.Array  # int32 []
 
 
 def scheduled(
@@ -41,7 +35,7 @@ def scheduled(
     def init(params: Any) -> Any:
         resolve_mask(mask, params)  # refuses a mask that does not match
         if callable(value):
-            return ScheduleState(jnp.zeros([], jnp.int32))
+            return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
         return optax.EmptyState()
 
     def update(
@@ -50,7 +44,7 @@ def scheduled(
         del extra_args
         if needs_params:
             check_params(params)
-        current = value(schedule_step(state.step)) if callable(value) else value
+        current = value(schedule_step(state.count)) if callable(value) else value
         selected = None if mask is None else tuple(leaf_flags(mask, params, updates))
         return _apply_rule(
             updates, state, params, current, rule, selected, needs_params
@@ -70,8 +64,8 @@ def _apply_rule(updates, state, params, value, rule, selected, needs_params):
 
     trees = {"params": params} if needs_params else {}
     (updates,) = map_leaves(leaf, updates, trees, carried=0, params=params)
-    if isinstance(state, ScheduleState):
-        state = ScheduleState(increment(state.step))
+    if isinstance(state, optax.ScaleByScheduleState):
+        state = optax.ScaleByScheduleState(increment(state.count))
     return updates, state
 
 

@@ -74,6 +74,117 @@ def test_bad_groups(multipliers, labels, message):
         aj.scale_by_group(multipliers, labels).init(FLAX)
 
 
+P = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+WB = {"w": "body", "b": "head"}
+
+
+def rates(state, *groups):
+    return [
+        float(aj.current_hyperparams(state, group=g)["learning_rate"]) for g in groups
+    ]
+
+
+@pytest.mark.parametrize("chain", [optax.chain, aj.chain])
+def test_rates_of_groups_are_read(chain):
+    """For SGD without momentum the updates show the rates in use."""
+    phases = aj.one_cycle_torch(1.0, 10, cycle_momentum=False)
+    tx = chain(aj.sgd(phases), aj.scale_by_group({"body": 0.25, "head": 2.0}, WB))
+    state, update = tx.init(P), jax.jit(tx.update)
+    assert aj.hyperparam_groups(state) == ("body", "head")
+    for k in range(10):
+        updates, state = update(P, state, P)
+        rate = phases.at(k)["learning_rate"]
+        assert rates(state, "body", "head") == pytest.approx(
+            [rate / 4, 2 * rate], rel=1e-5
+        )
+        np.testing.assert_allclose(updates["w"], -rate / 4 * P["w"], rtol=1e-5)
+        assert float(aj.current_hyperparams(state)["learning_rate"]) == pytest.approx(
+            rate, rel=1e-5
+        )
+
+
+def test_a_multiplier_is_overridden_until_released():
+    tx = optax.chain(aj.sgd(0.5), aj.scale_by_group({"body": 0.1, "head": 1.0}, WB))
+    state, update = tx.init(P), jax.jit(tx.update)
+    for value, expected in ((0.4, 0.4), (0.0, 0.0), (None, 0.1)):
+        state = aj.override_hyperparams(state, group="body", multiplier=value)
+        for _ in range(2):
+            updates, state = update(P, state, P)
+            np.testing.assert_allclose(
+                updates["w"], -0.5 * expected * P["w"], rtol=1e-6
+            )
+            np.testing.assert_allclose(updates["b"], -0.5 * P["b"], rtol=1e-6)
+        found = aj.current_hyperparams(state, group="body")["multiplier"]
+        assert float(found) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="body of scale_by_group has a multiplier onl"):
+        aj.override_hyperparams(state, group="body", learning_rate=0.1)
+    with pytest.raises(ValueError, match="multiplier must be finite and >= 0, got -1"):
+        aj.override_hyperparams(state, group="body", multiplier=-1.0)
+
+
+def test_multipliers_of_an_optimizer_that_is_built_anew():
+    """New ones win over those of the state, as a new learning rate does."""
+
+    @jax.jit
+    def update(k, state):
+        return aj.scale_by_group({"body": k, "head": 1.0}, WB).update(P, state, P)
+
+    state = aj.scale_by_group({"body": jnp.float32(0.1), "head": 1.0}, WB).init(P)
+    for k in (0.1, 0.3, 0.2):
+        updates, state = update(k, state)
+        np.testing.assert_allclose(updates["w"], k * P["w"], rtol=1e-6)
+    overridden = aj.override_hyperparams(state, group="body", multiplier=0.7)
+    updates, _ = update(0.4, overridden)
+    np.testing.assert_allclose(updates["w"], 0.7 * P["w"], rtol=1e-6)
+    # Without an optimizer there is nothing but the multiplier.
+    assert aj.current_hyperparams(state, group="body").keys() == {"multiplier"}
+    updates, _ = aj.scale_by_group({"body": 0.9, "head": 1.0}, WB).update(P, state, P)
+    np.testing.assert_allclose(updates["w"], 0.9 * P["w"], rtol=1e-6)
+
+
+def test_which_optimizer_a_group_scales():
+    groups = aj.scale_by_group({"x": 0.5}, "x")
+    within = optax.partition(
+        {"body": aj.chain(aj.sgd(0.1), groups), "head": aj.sgd(0.2)}, WB
+    )
+    state = within.init(P)
+    assert aj.hyperparam_groups(state) == ("body", "body/x", "head")
+    assert rates(state, "body/x") == pytest.approx([0.05])
+    around = aj.with_hyperparams(
+        lambda learning_rate: optax.chain(optax.scale(-learning_rate), groups),
+        learning_rate=0.1,
+    )
+    assert rates(around.init(P), "x") == pytest.approx([0.05])
+    two = optax.partition({"body": aj.sgd(1.0), "head": aj.sgd(2.0)}, WB)
+    both = optax.chain(two, groups)
+    assert aj.current_hyperparams(both.init(P), group="x").keys() == {"multiplier"}
+
+
+def test_a_multiplier_is_not_rounded_to_the_dtype_of_the_updates():
+    """In bfloat16 1/9 is 0.2 % off; here the product is rounded, once."""
+    u = jnp.linspace(1, 2, 64, dtype=jnp.bfloat16)
+    tx = aj.scale_by_group({"x": 1 / 9}, "x")
+    out, _ = tx.update(u, tx.init(u), u)
+    assert out.dtype == jnp.bfloat16
+    exact = np.array(u, np.float32) / np.float32(9)
+    np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
+
+
+def test_multipliers_for_leaves_of_another_part():
+    """Inside a partition not all labels occur; misspelled ones are refused outside."""
+    groups = aj.scale_by_group({"body": 0.5, "head": 1.0}, WB)
+    tx = optax.partition(
+        {"a": aj.chain(aj.sgd(1.0), groups), "z": aj.sgd(1.0)}, {"w": "a", "b": "z"}
+    )
+    updates, _ = tx.update(P, tx.init(P), P)
+    np.testing.assert_allclose(updates["w"], -0.5 * P["w"])
+    for wrapped in (
+        optax.masked(groups, {"w": True, "b": False}),
+        aj.freeze_leaves(groups, {"w": False, "b": True}),
+    ):
+        wrapped.init(P)
+
+
 @pytest.mark.parametrize(
     "inner",
     [
