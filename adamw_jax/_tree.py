@@ -217,7 +217,7 @@ def map_leaves(
     flat, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
     columns = [leaves_like(updates, name, tree) for name, tree in trees.items()]
     optional = optional_leaves(treedef, params)
-    out = []
+    out: list[tuple] = []
     for i, (path, update) in enumerate(flat):
         leaves = [column[i] for column in columns]
         if update is None:
