@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_choice, check_scalar
+from .._foreign import PHASE, explain_names
 
 Rule = Literal["fastai", "torch"]
 KINDS = ("constant", "linear", "cosine", "exponential", "polynomial")
@@ -80,6 +81,9 @@ class Phase:
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         text = ", ".join(f"{name}={v!r}" for name, v in fields if v is not None)
         return f"Phase({text})"
+
+
+Phase.__init__ = explain_names(PHASE)(Phase.__init__)
 
 
 def to_python(name: str, value: Any) -> Any:
