@@ -138,6 +138,19 @@ def broadcast(name: str, mask: Any, params: Any) -> Any:
         ) from None
 
 
+def broadcast_factor(name: str, factor: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Gives an array that multiplies a leaf its shape; a scalar stays one."""
+    if factor.ndim == 0:
+        return factor
+    try:
+        return jnp.broadcast_to(factor, leaf.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} of shape {factor.shape} does not broadcast to a leaf of shape "
+            f"{leaf.shape}"
+        ) from None
+
+
 def leaves_like(updates: Any, name: str, tree: Any) -> list[Any]:
     """The leaves of a tree in the order of the updates' leaves, including None."""
     try:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_choice, check_scalar, check_storage_dtype
+from .._checks import check_array, check_choice, check_scalar, check_storage_dtype
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
@@ -138,9 +138,10 @@ def scale_by_adam(
         both in one dtype: cast bfloat16 gradients to float32 before it.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; at `init`, a parameter is
-            not floating point; at `update`, the gradients do not match the state. The
-            message names the argument or the path of the leaf.
+        TypeError, ValueError: an argument is out of range; at `init`, an array eps or
+            eps_root is, or a parameter is not floating point; at `update`, the
+            gradients do not match the state. The message names the argument or the path
+            of the leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -159,6 +160,8 @@ def scale_by_adam(
     _check_adam_arguments(b1, b2, eps, eps_root, mu_dtype, nu_dtype, bias_correction)
 
     def init(params: Any) -> Any:
+        check_array("eps", eps)
+        check_array("eps_root", eps_root)
         return ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=zeros_like_params(params, mu_dtype),
@@ -318,6 +321,8 @@ def scale_by_amsgrad(
     mode_nu = bias_correction if corrected and bias_correction_nu else "none"
 
     def init(params: Any) -> Any:
+        check_array("eps", eps)
+        check_array("eps_root", eps_root)
         return ScaleByAmsgradState(
             count=jnp.zeros([], jnp.int32),
             mu=zeros_like_params(params, mu_dtype),

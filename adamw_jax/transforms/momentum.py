@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_scalar, check_storage_dtype
+from .._checks import check_factor, check_storage_dtype
 from .._tree import (
     ScalarOrSchedule,
+    broadcast_factor,
     compute_dtype,
     increment,
     map_leaves,
@@ -40,7 +41,8 @@ def trace(
     dampen the first gradient.
 
     Args:
-        decay: $\mu$ in [0, 1): a number, a traced scalar or a schedule of the step.
+        decay: $\mu$, usually in [0, 1); 1 sums the gradients. A number, a traced
+            scalar, an array that broadcasts to each leaf, or a schedule of the step.
         nesterov: look one step ahead.
         accumulator_dtype: storage dtype of the buffer. None: that of the parameters,
             but at least float32.
@@ -50,7 +52,8 @@ def trace(
         A transformation whose updates are float32 (float64 for float64 gradients).
 
     Raises:
-        TypeError, ValueError: as for :func:`scale_by_adam`.
+        TypeError, ValueError: decay is not a finite number; otherwise as for
+            :func:`scale_by_adam`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,7 +68,7 @@ def trace(
         Sutskever et al., `On the importance of initialization and momentum in deep
         learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
-    check_scalar("decay", decay, below=1, schedule=True)
+    check_factor("decay", decay)
     check_storage_dtype("accumulator_dtype", accumulator_dtype)
 
     def init(params: Any) -> Any:
@@ -78,7 +81,7 @@ def trace(
 
         def leaf(_, g, buffer):
             g = g.astype(compute_dtype(g.dtype))
-            factor = jnp.asarray(mu, g.dtype)
+            factor = broadcast_factor("decay", jnp.asarray(mu, g.dtype), g)
             g = (1 - factor) * g if dampened else g
             new = factor * buffer.astype(g.dtype) + g
             return g + factor * new if nesterov else new, new.astype(buffer.dtype)

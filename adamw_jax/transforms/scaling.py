@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_params, check_scalar
+from .._checks import check_factor, check_params
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
+    broadcast_factor,
     compute_dtype,
     increment,
     map_leaves,
@@ -67,7 +68,7 @@ def scheduled(
 
 
 def scale_by_learning_rate(
-    learning_rate: ScalarOrSchedule, *, flip_sign: bool = True
+    learning_rate: ScalarOrSchedule | None = None, *, flip_sign: bool = True
 ) -> Transformation:
     r"""$u \leftarrow -\eta_t u$: the last link of a chain that descends.
 
@@ -75,8 +76,9 @@ def scale_by_learning_rate(
     not promote float32 updates.
 
     Args:
-        learning_rate: $\eta \ge 0$: a number, a traced scalar or a schedule of the
-            step.
+        learning_rate: $\eta$: a number, a traced scalar, an array that broadcasts to
+            each leaf, or a schedule of the step. None leaves the updates as they are:
+            there is no change of sign either.
         flip_sign: False multiplies by $+\eta_t$. To maximise with a decay that still
             shrinks, use `maximize=True` of the optimizers instead.
 
@@ -84,7 +86,7 @@ def scale_by_learning_rate(
         A transformation.
 
     Raises:
-        TypeError, ValueError: learning_rate is negative or not finite.
+        TypeError, ValueError: learning_rate is not a finite number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,11 +94,14 @@ def scale_by_learning_rate(
         >>> print(tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)))[0])
         -1.0
     """
-    check_scalar("learning_rate", learning_rate, schedule=True)
+    arguments = {"learning_rate": learning_rate}
+    if learning_rate is None:
+        return Transformation(*optax.identity(), arguments=arguments)
+    check_factor("learning_rate", learning_rate)
     sign = -1 if flip_sign else 1
     return scheduled(
         learning_rate,
-        lambda lr, u, p: sign * lr * u,
+        lambda lr, u, p: sign * broadcast_factor("learning_rate", lr, u) * u,
         needs_params=False,
-        arguments={"learning_rate": learning_rate},
+        arguments=arguments,
     )
