@@ -11,7 +11,7 @@ from .._checks import check_params, check_scalar
 from .._transformation import Transformation, step_with_factor
 from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
 from ..apply import describe_step
-from ..masks import Mask, resolve_mask
+from ..masks import Mask, is_part, resolve_mask
 
 
 def scale_by_group(
@@ -34,7 +34,7 @@ def scale_by_group(
 
     Raises:
         ValueError: a multiplier is negative; or, at `init`, a label has no multiplier
-            or a multiplier no leaf.
+            or a multiplier no leaf in a whole tree (see :func:`mask_by_path`).
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -68,7 +68,8 @@ def scale_by_group(
 
     def init(params):
         used = set(jax.tree.leaves(resolve(params)))
-        if used and (unused := set(multipliers) - used):
+        unused = set(multipliers) - used
+        if used and unused and not is_part(params):
             raise ValueError(
                 f"no leaf has the label {', '.join(sorted(unused))} of multipliers"
             )
