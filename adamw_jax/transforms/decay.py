@@ -26,8 +26,9 @@ def add_decayed_weights(
             traced scalar, an array that broadcasts to each leaf, or a schedule of the
             step.
         mask: which leaves decay: a tree of bools (or 0 and 1), a prefix of one, or a
-            function from params to either, such as :func:`adamw_jax.no_decay_on_bias_and_norm` or the
-            result of :func:`adamw_jax.mask_by_path`. None: all.
+            function from params to either, such as
+            :func:`adamw_jax.no_decay_on_bias_and_norm` or the result of
+            :func:`adamw_jax.mask_by_path`. None: all.
 
     Returns:
         A transformation; `update` needs `params`.
