@@ -285,11 +285,11 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
     """Expands a mask to a tree with one bool for every leaf of params."""
     if mask is None:
         return jax.tree.map(lambda _: True, params)
-    leaves = jax.tree.leaves(mask)
+    leaves = jax.tree.leaves(mask) if callable(mask) else []
     # An Equinox or NNX module of flags is callable, but it is a tree.
-    is_tree = leaves and all(_is_flag(leaf) for leaf in leaves)
-    tree_or_function = (lambda _: mask) if is_tree else mask
-    tree = on_leaves("mask", lambda p: broadcast("mask", tree_or_function, p))(params)
+    is_module = leaves and all(_is_flag(leaf) for leaf in leaves)
+    function = (lambda _: mask) if is_module else mask
+    tree = on_leaves("mask", lambda p: broadcast("mask", function, p))(params)
     return jax.tree_util.tree_map_with_path(_to_bool, tree)
 
 
