@@ -84,6 +84,9 @@ def zeros_like_params(params: Any, dtype: Any = None, *, real: bool = False) -> 
 
 def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
     """Describes, by path, how the structures of two trees differ."""
+    types = _container_mismatch(jax.tree.structure(tree), jax.tree.structure(reference))
+    if types is not None:
+        return f"{name} has a {types[0]} where a {types[1]} is expected"
     paths, expected = (
         {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)}
         for t in (tree, reference)
@@ -97,6 +100,17 @@ def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
     return "; ".join(details) or (
         f"{jax.tree.structure(tree)} against {jax.tree.structure(reference)}"
     )
+
+
+def _container_mismatch(tree: Any, reference: Any) -> tuple[str, str] | None:
+    """The first pair of containers of different types, such as FrozenDict and dict."""
+    node, expected = tree.node_data(), reference.node_data()
+    if node is None or expected is None:  # a leaf
+        return None
+    if node[0] is not expected[0]:
+        return node[0].__name__, expected[0].__name__
+    pairs = zip(tree.children(), reference.children(), strict=False)
+    return next(filter(None, (_container_mismatch(*pair) for pair in pairs)), None)
 
 
 def on_leaves(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -140,6 +154,19 @@ def broadcast(name: str, mask: Any, params: Any) -> Any:
         raise ValueError(
             f"{name} does not have the structure of the parameters: "
             f"{describe_mismatch(name, tree, params)}"
+        ) from None
+
+
+def broadcast_factor(name: str, factor: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Gives an array that multiplies a leaf its shape; a scalar stays one."""
+    if factor.ndim == 0:
+        return factor
+    try:
+        return jnp.broadcast_to(factor, leaf.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} of shape {factor.shape} does not broadcast to a leaf of shape "
+            f"{leaf.shape}"
         ) from None
 
 

@@ -1,8 +1,12 @@
 """Masks for decay and freezing, labels for groups of leaves.
 
-A mask is a tree of bools, a prefix of one, or a function from params to either. The
-functions here decide by the leaf's path, such as `block1/conv/kernel`. A rule on the
-number of dimensions alone fails for layers stacked by `scan`, whose biases are
+A mask is a tree of flags, a prefix of one, or a function from params to either. A flag
+is a bool, 0 or 1, or an array of one of them; it must not depend on traced values. The
+containers are those of the parameters: a dict is no prefix of a FrozenDict or of an
+`nnx.State`, as in Optax.
+
+The functions here decide by the leaf's path, such as `block1/conv/kernel`. A rule on
+the number of dimensions alone fails for layers stacked by `scan`, whose biases are
 matrices.
 """
 
@@ -13,8 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
-from ._tree import broadcast, leaves_like, on_leaves, path_string
+from ._tree import broadcast, is_none, leaves_like, on_leaves, path_string
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -65,8 +70,10 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
         A function from params to a tree of bools.
 
     Raises:
-        ValueError: a pattern does not compile; or, when the mask is applied, no leaf
-            matches, which is most likely a misspelling.
+        ValueError: a pattern does not compile; or, when the mask is applied to a whole
+            tree, no leaf matches, which is most likely a misspelling. In a part, such
+            as `optax.partition`, `optax.masked` and :func:`freeze_leaves` pass on, that
+            is no error: the leaf may be in another part.
 
     Example:
         >>> import jax.numpy as jnp
@@ -80,10 +87,10 @@ def mask_by_path(*patterns: str) -> Callable[[Any], Any]:
         return any(pattern.search(path) for pattern in compiled)
 
     def mask(params):
-        paths = [
-            path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
-        ]
-        if paths and not any(matches(path) for path in paths):
+        # None as well: a leaf without a gradient is no misspelling.
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_none)
+        paths = [path_string(path) for path, _ in leaves]
+        if paths and not any(map(matches, paths)) and not is_part(params):
             raise ValueError(
                 f"no leaf matches {' or '.join(map(repr, patterns))}; the leaves are "
                 + ", ".join(paths)
@@ -278,13 +285,49 @@ def resolve_mask(mask: Mask, params: Any) -> Any:
     """Expands a mask to a tree with one bool for every leaf of params."""
     if mask is None:
         return jax.tree.map(lambda _: True, params)
-    tree = on_leaves("mask", lambda p: broadcast("mask", mask, p))(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not isinstance(leaf, bool | np.bool_):
-            raise TypeError(
-                f"mask must be True or False at leaf {path_string(path)}, got {leaf!r}"
-            )
-    return tree
+    leaves = jax.tree.leaves(mask) if callable(mask) else []
+    # An Equinox or NNX module of flags is callable, but it is a tree.
+    is_module = leaves and all(_is_flag(leaf) for leaf in leaves)
+    function = (lambda _: mask) if is_module else mask
+    tree = on_leaves("mask", lambda p: broadcast("mask", function, p))(params)
+    return jax.tree_util.tree_map_with_path(_to_bool, tree)
+
+
+_FLAG_TYPES = (int, np.generic, np.ndarray, jax.Array)
+
+
+def _is_flag(x: Any) -> bool:
+    """Whether x is True or False: a bool, 0 or 1, or an array of one of them."""
+    if isinstance(x, bool):
+        return True
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, _FLAG_TYPES):
+        return False
+    if np.size(x) != 1:
+        return False
+    value = np.asarray(x)
+    return value.dtype.kind in "biu" and value.item() in (0, 1)
+
+
+def _to_bool(path: tuple, x: Any) -> bool:
+    if _is_flag(x):
+        return bool(x)
+    leaf = f"leaf {path_string(path)}" if path else "all leaves"
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"mask must not depend on traced values, got {x} at {leaf}: compute it "
+            "outside of jit or with NumPy"
+        )
+    raise TypeError(f"mask must be True or False at {leaf}, got {x!r}")
+
+
+def is_part(params: Any) -> bool:
+    """Whether `optax.masked` has hidden leaves; a hidden one may be a subtree."""
+    nodes = jax.tree.leaves(params, is_leaf=_is_hidden)
+    return any(map(_is_hidden, nodes))
+
+
+def _is_hidden(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def leaf_flags(mask: Mask, params: Any, updates: Any) -> list[bool]:

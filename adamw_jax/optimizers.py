@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import optax
 
-from ._checks import check_choice, check_scalar, is_static
+from . import _foreign
+from ._checks import check_choice, check_scalar, is_static, show
+from ._foreign import explain_names
 from ._transformation import Transformation
 from ._tree import ScalarOrSchedule
 from .hyperparams import hyperparam_name, with_hyperparams
@@ -25,6 +27,7 @@ DecayScale = Literal["learning_rate", "schedule"]
 LearningRate = ScalarOrSchedule | Phases
 
 
+@explain_names(_foreign.ADAM)
 def adam(
     learning_rate: LearningRate,
     b1: ScalarOrSchedule = 0.9,
@@ -115,7 +118,7 @@ def adam(
                 stochastic_rounding=stochastic_rounding,
                 seed=seed,
             ),
-            scale_by_learning_rate(learning_rate),
+            _last_link(learning_rate),
         )
 
     return _build(
@@ -123,6 +126,7 @@ def adam(
     )
 
 
+@explain_names(_foreign.ADAMW)
 def adamw(
     learning_rate: LearningRate,
     b1: ScalarOrSchedule = 0.9,
@@ -236,8 +240,8 @@ def adamw(
                 stochastic_rounding=stochastic_rounding,
                 seed=seed,
             ),
-            add_decayed_weights(weight_decay / base, mask),
-            scale_by_learning_rate(learning_rate),
+            *_links_after_moments(weight_decay, base, mask),
+            _last_link(learning_rate),
         )
 
     return _build(
@@ -251,6 +255,7 @@ def adamw(
     )
 
 
+@explain_names(_foreign.AMSGRAD)
 def amsgrad(
     learning_rate: LearningRate,
     b1: ScalarOrSchedule = 0.9,
@@ -354,7 +359,7 @@ def amsgrad(
                 seed=seed,
             ),
             *_links_after_moments(None if uses_l2 else weight_decay, base, mask),
-            scale_by_learning_rate(learning_rate),
+            _last_link(learning_rate),
         )
 
     return _build(
@@ -362,6 +367,7 @@ def amsgrad(
     )
 
 
+@explain_names(_foreign.SGD)
 def sgd(
     learning_rate: LearningRate,
     momentum: ScalarOrSchedule | None = None,
@@ -434,12 +440,13 @@ def sgd(
     def make_chain(learning_rate, weight_decay=None, momentum=None):
         buffer = []
         if momentum is not None:
+            check_scalar("momentum", momentum, below=1)
             buffer = [trace(momentum, nesterov, accumulator_dtype, dampened=dampened)]
         return chain(
             *_links_before_moments(maximize, weight_decay if uses_l2 else None, mask),
             *buffer,
             *_links_after_moments(None if uses_l2 else weight_decay, base, mask),
-            scale_by_learning_rate(learning_rate),
+            _last_link(learning_rate),
         )
 
     return _build(sgd, make_chain, mask, **hyperparams)
@@ -448,13 +455,27 @@ def sgd(
 def _links_before_moments(maximize: bool, l2: Any = None, mask: Mask = None) -> list:
     # The sign comes first, so that maximize does not flip the decay.
     links = [optax.scale(-1.0)] if maximize else []
-    return links if l2 is None else [*links, add_l2_gradient(l2, mask)]
+    if l2 is None:
+        return links
+    check_scalar("l2", l2)
+    return [*links, add_l2_gradient(l2, mask)]
 
 
 def _links_after_moments(weight_decay: Any, base: Any, mask: Mask) -> list:
     if weight_decay is None:
         return []
+    check_scalar("weight_decay", weight_decay)
     return [add_decayed_weights(weight_decay / base, mask)]
+
+
+def _last_link(learning_rate: Any) -> Transformation:
+    if is_static(learning_rate) and learning_rate < 0:
+        raise ValueError(
+            f"learning_rate must be finite and >= 0, got {show(learning_rate)}: set "
+            "maximize=True to ascend"
+        )
+    check_scalar("learning_rate", learning_rate)
+    return scale_by_learning_rate(learning_rate)
 
 
 def _phases_set(learning_rate: Any, name: str) -> bool:

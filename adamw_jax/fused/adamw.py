@@ -105,7 +105,7 @@ def _step(moments, grads, params, sign, factor, rule, decay, learning_rate):
     """Computes the new parameters and moments of all leaves."""
     dtype, mode = scalar_dtype((grads, moments.mu)), rule["bias_correction"]
     beta1, beta2 = (
-        beta_at(name, rule[name], mode, moments.count, log, dtype)
+        beta_at(rule[name], mode, moments.count, log, dtype)
         for name, log in (("b1", moments.log_b1), ("b2", moments.log_b2))
     )
     selected = leaf_flags(decay["mask"], params, grads)

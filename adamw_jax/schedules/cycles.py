@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from .. import _foreign
 from .._checks import check_choice, check_scalar
+from .._foreign import explain_names
 from .phases import Phase, Phases, to_python
 
 
@@ -33,6 +35,7 @@ def _check_positive(**values: Any) -> None:
             raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
+@explain_names(_foreign.ONE_CYCLE)
 def one_cycle(
     learning_rate: float,
     *,
@@ -105,6 +108,7 @@ def one_cycle(
     )
 
 
+@explain_names(_foreign.ONE_CYCLE_PLATEAU)
 def one_cycle_plateau(
     learning_rate: float,
     *,
@@ -173,6 +177,7 @@ def one_cycle_plateau(
     )
 
 
+@explain_names(_foreign.ONE_CYCLE_TORCH)
 def one_cycle_torch(
     learning_rate: float,
     total_steps: int,
@@ -264,6 +269,7 @@ def one_cycle_torch(
     return Phases(tuple(phases), rule="torch", begin=begin)
 
 
+@explain_names(_foreign.RESTARTS)
 def cosine_restarts(
     learning_rate: float,
     *,
@@ -332,6 +338,7 @@ def cosine_restarts(
     )
 
 
+@explain_names(_foreign.RANGE_TEST)
 def range_test(
     start: float = 1e-5,
     end: float = 10.0,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_choice, check_scalar
+from .._foreign import PHASE, explain_names
 
 Rule = Literal["fastai", "torch"]
 KINDS = ("constant", "linear", "cosine", "exponential", "polynomial")
@@ -82,6 +83,9 @@ class Phase:
         return f"Phase({text})"
 
 
+Phase.__init__ = explain_names(PHASE)(Phase.__init__)
+
+
 def to_python(name: str, value: Any) -> Any:
     """Converts to Python numbers and tuples of them, which JSON and repr preserve."""
     if isinstance(value, list | tuple):
@@ -138,6 +142,11 @@ class Phases:
     last phase its end values persist. Pass it to an optimizer as `learning_rate`; it
     then drives every hyperparameter that it sets. It is plain data, which can be
     printed, compared, plotted and saved as JSON.
+
+    Phases that set the learning rate only are also an Optax schedule: they can be
+    called, and passed to Optax's optimizers. Others refuse a call, because Optax would
+    silently drop what else they drive. There, pass `phases.schedule("learning_rate")`
+    as the rate, and the other schedules to `optax.inject_hyperparams`.
 
     Two rules define where one phase ends and the next begins:
 
@@ -293,6 +302,45 @@ class Phases:
             return self._value(name, step, jnp if isinstance(step, jax.Array) else np)
 
         return value
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate at a step, of phases that set nothing else.
+
+        Args:
+            step: as for the schedules of :meth:`schedule`.
+
+        Returns:
+            The learning rate.
+
+        Raises:
+            TypeError: the phases set another hyperparameter.
+
+        Example:
+            >>> import optax
+            >>> from adamw_jax import cosine_restarts
+            >>> phases = cosine_restarts(1e-3, cycles=1, steps=100)
+            >>> tx = optax.adamw(phases)
+            >>> print(f"{phases(50):.4f}")
+            0.0005
+        """
+        self.check_called_for("learning_rate")
+        return self.schedule("learning_rate")(step)
+
+    def check_called_for(self, name: str) -> None:
+        """Raises a TypeError if a call would not give all that the phases drive.
+
+        Args:
+            name: the argument for which they were passed as a schedule.
+        """
+        if not self.names == (name,) == ("learning_rate",):
+            way = "the schedule of one of these, phases.schedule(name)"
+            if name in self.names:
+                way = f"phases.schedule({name!r})"
+            raise TypeError(
+                f"{name} must be one schedule, got phases that set "
+                f"{' and '.join(self.names)}: pass {way}, or the phases as "
+                "learning_rate to an optimizer of adamw_jax"
+            )
 
     def _value(self, name: str, step: Any, xp: Any) -> Any:
         """Computes one value per kind of ramp and takes the parameters from tables.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._checks import is_static
 from .._dtypes import compute_dtype, scalar_dtype
-from .._tree import ScalarOrSchedule, schedule_step
+from .._tree import ScalarOrSchedule
 
 BiasCorrection = Literal["exact", "torch", "none"]
 
@@ -56,19 +56,17 @@ def init_log_product(beta: ScalarOrSchedule, params: Any) -> LogProduct | None:
 
 
 def beta_at(
-    name: str,
-    beta: ScalarOrSchedule,
+    beta: float | jax.Array,
     mode: BiasCorrection,
     step: jax.Array,
     state: LogProduct | None,
     dtype: Any,
 ) -> Beta:
-    """The beta of a step (counted from 0) and its bias corrections."""
-    if is_static(beta) != (state is None):
-        raise ValueError(
-            f"{name} must be a number both at init and at update, or a schedule or "
-            f"traced value at both, got {beta!r} at update"
-        )
+    """The beta of a step (counted from 0) and its bias corrections.
+
+    A beta may be a number at init and an array at update, or the reverse. Without a
+    product in the state an array counts as the beta of every step so far.
+    """
     if state is not None:
         # That of init, whatever the gradients; float32 in a state cast to bfloat16.
         dtype = compute_dtype(state.total.dtype)
@@ -76,26 +74,25 @@ def beta_at(
     if is_static(beta):
         # In float64: 1 - float32(b)**t is off by 1e-5 to 1e-3.
         log = math.log(beta) if beta > 0 else -1000.0  # exp(-1000) is 0 as well
-        decay, rest, total = float(beta), 1.0 - float(beta), t * log
+        decay, rest = float(beta), 1.0 - float(beta)
     else:
-        decay = beta(schedule_step(step)) if callable(beta) else beta
-        decay = jnp.asarray(decay).astype(dtype)
+        decay = jnp.asarray(beta).astype(dtype)
         rest = 1 - decay
         # Clipped, so that beta = 0 has a finite logarithm and gradient.
         log = jnp.log1p(-jnp.minimum(rest, 1 - float(jnp.finfo(dtype).epsneg)))
-        total = t * log
-        if mode == "exact" and state is not None:
-            before, lost = (x.astype(dtype) for x in state)
-            corrected = log - lost
-            total = before + corrected
-            stored = total
-            if state.total.dtype != dtype:  # a cast and back may be optimized away
-                info = jnp.finfo(state.total.dtype)
-                stored = jax.lax.reduce_precision(total, info.nexp, info.nmant)
-            lost = (stored - before) - corrected
-            state = LogProduct(
-                stored.astype(state.total.dtype), lost.astype(state.lost.dtype)
-            )
+    total = t * log
+    if mode == "exact" and state is not None:
+        before, lost = (x.astype(dtype) for x in state)
+        corrected = log - lost
+        total = before + corrected
+        stored = total
+        if state.total.dtype != dtype:  # a cast and back may be optimized away
+            info = jnp.finfo(state.total.dtype)
+            stored = jax.lax.reduce_precision(total, info.nexp, info.nmant)
+        lost = (stored - before) - corrected
+        state = LogProduct(
+            stored.astype(state.total.dtype), lost.astype(state.lost.dtype)
+        )
     if mode == "none":
         return Beta(decay, rest, 1.0, 1.0, state)
     correction, next_correction = _one_minus_exp(total), _one_minus_exp(total + log)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_scalar, is_static
+from .._checks import check_array, check_scalar, is_static
 from .._dtypes import abs_sq, as_array, is_inexact, scalar_dtype
 from .._transformation import Transformation, multiply
 from .._tree import narrow, widen
@@ -38,7 +38,7 @@ def clip_by_global_norm(
 
     Args:
         max_norm: $n_{max} > 0$: a number or a traced scalar; a schedule through
-            :func:`adamw_jax.with_hyperparams`.
+            :func:`adamw_jax.with_hyperparams`. Infinity: no clipping.
         eps: $\epsilon$; 0 in Optax, 1e-6 in PyTorch's `clip_grad_norm_`.
 
     Returns:
@@ -46,7 +46,8 @@ def clip_by_global_norm(
         parameters if they are passed.
 
     Raises:
-        TypeError, ValueError: max_norm is not positive, or eps is negative.
+        TypeError, ValueError: max_norm is not positive, or eps is negative. The range
+            of an array is checked at `init`, if it is known there.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,10 +61,16 @@ def clip_by_global_norm(
         Pascanu et al., `On the difficulty of training recurrent neural networks
         <https://arxiv.org/abs/1211.5063>`_, 2013.
     """
-    check_scalar("max_norm", max_norm)
+    check_scalar("max_norm", max_norm, infinite=True)
     if is_static(max_norm) and max_norm == 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm!r}")
     check_scalar("eps", eps)
+
+    def init(params: Any) -> Any:
+        del params
+        check_array("max_norm", max_norm, infinite=True)
+        check_array("eps", eps)
+        return optax.EmptyState()
 
     def factor(grads: Any, state: Any) -> tuple[jax.Array, Any]:
         return _factor(grads, max_norm, eps), state
@@ -74,7 +81,7 @@ def clip_by_global_norm(
         del extra_args
         return _clip(updates, params, max_norm, eps), state
 
-    return Transformation(lambda params: optax.EmptyState(), update, factor=factor)
+    return Transformation(init, update, factor=factor)
 
 
 # One program outside of jit, too, where each operation would be a dispatch.

@@ -2,7 +2,7 @@
 
 import math
 
-from .._checks import check_scalar
+from .._checks import check_factor, check_scalar
 from .._transformation import Transformation
 from .._tree import ScalarOrSchedule
 from ..masks import Mask
@@ -22,17 +22,19 @@ def add_decayed_weights(
     per step, with a bias.
 
     Args:
-        weight_decay: $\lambda \ge 0$: a number, a traced scalar or a schedule of the
+        weight_decay: $\lambda$; a negative one makes the parameters grow. A number, a
+            traced scalar, an array that broadcasts to each leaf, or a schedule of the
             step.
-        mask: which leaves decay: a tree of bools, a prefix of one, or a function from
-            params to either, such as :func:`adamw_jax.no_decay_on_bias_and_norm` or the
-            result of :func:`adamw_jax.mask_by_path`. None: all.
+        mask: which leaves decay: a tree of bools (or 0 and 1), a prefix of one, or a
+            function from params to either, such as
+            :func:`adamw_jax.no_decay_on_bias_and_norm` or the result of
+            :func:`adamw_jax.mask_by_path`. None: all.
 
     Returns:
         A transformation; `update` needs `params`.
 
     Raises:
-        TypeError, ValueError: weight_decay is negative or not finite; the mask does not
+        TypeError, ValueError: weight_decay is not a finite number; the mask does not
             match the parameters (the message names the path); or `update` was called
             without `params`.
 
@@ -49,8 +51,9 @@ def add_decayed_weights(
         Loshchilov and Hutter, `Decoupled Weight Decay Regularization
         <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
-    check_scalar("weight_decay", weight_decay, schedule=True)
+    check_factor("weight_decay", weight_decay)
     return scheduled(
+        "weight_decay",
         weight_decay,
         _add_decay,
         mask,
@@ -67,7 +70,7 @@ def add_l2_gradient(l2: ScalarOrSchedule = 0.0, mask: Mask = None) -> Transforma
     Decoupled decay avoids that. For SGD the two are equal up to the schedule.
 
     Args:
-        l2: $\lambda \ge 0$: a number, a traced scalar or a schedule of the step.
+        l2: $\lambda$: as the weight_decay of :func:`add_decayed_weights`.
         mask: which leaves are regularised, as for :func:`add_decayed_weights`.
 
     Returns:
@@ -85,8 +88,8 @@ def add_l2_gradient(l2: ScalarOrSchedule = 0.0, mask: Mask = None) -> Transforma
         >>> [f"{u:.4f}" for u in updates]  # Adam's first step is a sign
         ['1.0000', '-1.0000']
     """
-    check_scalar("l2", l2, schedule=True)
-    return scheduled(l2, _add_decay, mask)
+    check_factor("l2", l2)
+    return scheduled("l2", l2, _add_decay, mask)
 
 
 def _add_decay(decay, u, p):

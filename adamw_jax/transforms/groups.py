@@ -13,7 +13,7 @@ from .._transformation import Transformation, keep_state_dtypes, step_with_facto
 from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
 from ..apply import describe_step
 from ..hyperparams import ScaleByGroupState, values_in_force
-from ..masks import Mask, resolve_mask
+from ..masks import Mask, is_part, resolve_mask
 
 
 def scale_by_group(
@@ -36,8 +36,7 @@ def scale_by_group(
 
     Raises:
         ValueError: a multiplier is negative; or, at `init`, a label has no multiplier
-            or a multiplier no leaf. Inside `optax.partition`, `optax.masked` or
-            :func:`freeze_leaves` a multiplier may be for leaves that are elsewhere.
+            or a multiplier no leaf in a whole tree (see :func:`mask_by_path`).
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -76,7 +75,7 @@ def scale_by_group(
     def init(params):
         used = set(jax.tree.leaves(resolve(params)))
         unused = set(multipliers) - used
-        if used and unused and not _has_masked_leaves(params):
+        if used and unused and not is_part(params):
             raise ValueError(
                 f"no leaf has the label {', '.join(sorted(unused))} of multipliers"
             )
@@ -106,11 +105,6 @@ def scale_by_group(
         return updates, ScaleByGroupState(dict(zip(names, stored, strict=True)), last)
 
     return Transformation(init, update)
-
-
-def _has_masked_leaves(params: Any) -> bool:
-    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    return any(isinstance(x, optax.MaskedNode) for x in nodes)
 
 
 class FreezeState(NamedTuple):

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_choice, check_scalar, check_storage_dtype, is_static
+from .._checks import (
+    check_array,
+    check_choice,
+    check_scalar,
+    check_storage_dtype,
+    is_static,
+)
 from .._dtypes import abs_sq, compute_dtype, real_dtype, scalar_dtype
 from .._transformation import Transformation
 from .._tree import (
@@ -149,9 +155,10 @@ def scale_by_adam(
         round between its links.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; at `init`, a parameter is
-            not floating point; at `update`, the gradients do not match the state. The
-            message names the argument or the path of the leaf.
+        TypeError, ValueError: an argument is out of range; at `init`, an array eps or
+            eps_root is, or a parameter is not floating point; at `update`, the
+            gradients do not match the state. The message names the argument or the path
+            of the leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -172,6 +179,8 @@ def scale_by_adam(
     rounds = stochastic_rounding and (_is_narrow(mu_dtype) or _is_narrow(nu_dtype))
 
     def init(params: Any) -> Any:
+        check_array("eps", eps)
+        check_array("eps_root", eps_root)
         return ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=zeros_like_params(params, mu_dtype),
@@ -187,7 +196,7 @@ def scale_by_adam(
         del extra_args
         if are_all_none(updates):
             return updates, state
-        betas = _current_betas(state.count, b1, b2)
+        betas = _current_betas(state, (b1, b2), (bias_correction, bias_correction))
         return _adam(updates, state, params, *betas, eps, eps_root, *options)
 
     return Transformation(
@@ -202,12 +211,24 @@ def scale_by_adam(
     )
 
 
-def _current_betas(count: jax.Array, *betas: ScalarOrSchedule) -> tuple[Any, Any]:
+def _current_betas(
+    state: Any, betas: tuple[Any, Any], modes: tuple[Any, Any]
+) -> tuple[Any, Any]:
     """Numbers, which a compiled update contains, and arrays, which it is passed."""
-    values = [beta(schedule_step(count)) if callable(beta) else beta for beta in betas]
-    numbers = tuple(float(x) if is_static(x) else None for x in values)
-    arrays = tuple(None if is_static(x) else x for x in values)
-    return numbers, arrays
+    products, step = (state.log_b1, state.log_b2), schedule_step(state.count)
+    for name, beta, mode, product in zip(
+        ("b1", "b2"), betas, modes, products, strict=True
+    ):
+        if callable(beta) and mode == "exact" and product is None:
+            raise ValueError(
+                f"{name} must be a schedule at init as well, so that the state keeps "
+                f"the product of its values; got {beta!r} at update only"
+            )
+    numbers = tuple(float(beta) if is_static(beta) else None for beta in betas)
+    arrays = tuple(beta(step) if callable(beta) else beta for beta in betas)
+    return numbers, tuple(
+        None if is_static(beta) else x for beta, x in zip(betas, arrays, strict=True)
+    )
 
 
 # One program outside of jit, too, where each operation would be a dispatch.
@@ -217,8 +238,8 @@ def _adam(
 ):
     b1, b2 = (y if x is None else x for x, y in zip(numbers, arrays, strict=True))
     dtype = scalar_dtype((updates, state.mu))
-    beta1 = beta_at("b1", b1, mode, state.count, state.log_b1, dtype)
-    beta2 = beta_at("b2", b2, mode, state.count, state.log_b2, dtype)
+    beta1 = beta_at(b1, mode, state.count, state.log_b1, dtype)
+    beta2 = beta_at(b2, mode, state.count, state.log_b2, dtype)
     key = _step_key(state.key, state.count)
 
     def leaf(i, g, mu, nu):
@@ -356,6 +377,8 @@ def scale_by_amsgrad(
     state_type = OptaxAmsgradState if convention == "optax" else ScaleByAmsgradState
 
     def init(params: Any) -> Any:
+        check_array("eps", eps)
+        check_array("eps_root", eps_root)
         return state_type(
             count=jnp.zeros([], jnp.int32),
             mu=zeros_like_params(params, mu_dtype),
@@ -369,7 +392,7 @@ def scale_by_amsgrad(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if are_all_none(updates):
             return updates, state
-        betas = _current_betas(state.count, b1, b2)
+        betas = _current_betas(state, (b1, b2), (mode_mu, mode_nu))
         return _amsgrad(updates, state, params, *betas, eps, eps_root, *options)
 
     return optax.GradientTransformation(init, update)
@@ -391,8 +414,8 @@ def _amsgrad(
 ):
     b1, b2 = (y if x is None else x for x, y in zip(numbers, arrays, strict=True))
     dtype = scalar_dtype((updates, state.mu))
-    beta1 = beta_at("b1", b1, mode_mu, state.count, state.log_b1, dtype)
-    beta2 = beta_at("b2", b2, mode_nu, state.count, state.log_b2, dtype)
+    beta1 = beta_at(b1, mode_mu, state.count, state.log_b1, dtype)
+    beta2 = beta_at(b2, mode_nu, state.count, state.log_b2, dtype)
     key = _step_key(state.key, state.count)
 
     def leaf(i, g, mu, nu, nu_max):

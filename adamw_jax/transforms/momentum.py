@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_scalar, check_storage_dtype
+from .._checks import check_factor, check_storage_dtype
 from .._tree import (
     ScalarOrSchedule,
+    broadcast_factor,
     increment,
     map_leaves,
     schedule_step,
@@ -44,7 +45,8 @@ def trace(
     dampen the first gradient.
 
     Args:
-        decay: $\mu$ in [0, 1): a number, a traced scalar or a schedule of the step.
+        decay: $\mu$, usually in [0, 1); 1 sums the gradients. A number, a traced
+            scalar, an array that broadcasts to each leaf, or a schedule of the step.
         nesterov: look one step ahead.
         accumulator_dtype: storage dtype of the buffer. None: that of the parameters,
             but at least float32.
@@ -55,7 +57,8 @@ def trace(
         parameters if they are passed.
 
     Raises:
-        TypeError, ValueError: as for :func:`scale_by_adam`.
+        TypeError, ValueError: decay is not a finite number; otherwise as for
+            :func:`scale_by_adam`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,7 +73,7 @@ def trace(
         Sutskever et al., `On the importance of initialization and momentum in deep
         learning <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
     """
-    check_scalar("decay", decay, below=1, schedule=True)
+    check_factor("decay", decay)
     check_storage_dtype("accumulator_dtype", accumulator_dtype)
 
     def init(params: Any) -> Any:
@@ -88,7 +91,7 @@ def trace(
 @functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
 def _trace(updates, state, params, decay, nesterov, dampened):
     def leaf(_, g, buffer):
-        factor = jnp.asarray(decay, g.dtype)
+        factor = broadcast_factor("decay", jnp.asarray(decay, g.dtype), g)
         g = (1 - factor) * g if dampened else g
         new = factor * buffer.astype(g.dtype) + g
         return g + factor * new if nesterov else new, new.astype(buffer.dtype)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_params, check_scalar
+from .._checks import check_factor, check_params
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
+    broadcast_factor,
     increment,
     map_leaves,
     schedule_step,
@@ -20,6 +21,7 @@ from ..masks import Mask, leaf_flags, resolve_mask
 
 
 def scheduled(
+    name: str,
     value: ScalarOrSchedule,
     rule: Callable[[jax.Array, jax.Array, Any], jax.Array],
     mask: Mask = None,
@@ -47,20 +49,21 @@ def scheduled(
         current = value(schedule_step(state.count)) if callable(value) else value
         selected = None if mask is None else tuple(leaf_flags(mask, params, updates))
         return _apply_rule(
-            updates, state, params, current, rule, selected, needs_params
+            updates, state, params, current, rule, selected, needs_params, name
         )
 
     return Transformation(init, update, arguments=arguments or {})
 
 
 # One program outside of jit, too, where each operation would be a dispatch.
-@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
-def _apply_rule(updates, state, params, value, rule, selected, needs_params):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), inline=True)
+def _apply_rule(updates, state, params, value, rule, selected, needs_params, name):
     def leaf(i, u, p=None):
         if selected is not None and not selected[i]:
             return (u,)
         p = p if p is None else p.astype(u.dtype)
-        return (rule(jnp.asarray(value, u.dtype), u, p),)
+        factor = broadcast_factor(name, jnp.asarray(value, u.dtype), u)
+        return (rule(factor, u, p),)
 
     trees = {"params": params} if needs_params else {}
     (updates,) = map_leaves(leaf, updates, trees, carried=0, params=params)
@@ -70,7 +73,7 @@ def _apply_rule(updates, state, params, value, rule, selected, needs_params):
 
 
 def scale_by_learning_rate(
-    learning_rate: ScalarOrSchedule, *, flip_sign: bool = True
+    learning_rate: ScalarOrSchedule | None = None, *, flip_sign: bool = True
 ) -> Transformation:
     r"""$u \leftarrow -\eta_t u$: the last link of a chain that descends.
 
@@ -78,8 +81,9 @@ def scale_by_learning_rate(
     not promote float32 updates.
 
     Args:
-        learning_rate: $\eta \ge 0$: a number, a traced scalar or a schedule of the
-            step.
+        learning_rate: $\eta$: a number, a traced scalar, an array that broadcasts to
+            each leaf, or a schedule of the step. None leaves the updates as they are:
+            there is no change of sign either.
         flip_sign: False multiplies by $+\eta_t$. To maximise with a decay that still
             shrinks, use `maximize=True` of the optimizers instead.
 
@@ -87,7 +91,7 @@ def scale_by_learning_rate(
         A transformation.
 
     Raises:
-        TypeError, ValueError: learning_rate is negative or not finite.
+        TypeError, ValueError: learning_rate is not a finite number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,12 +99,16 @@ def scale_by_learning_rate(
         >>> print(tx.update(jnp.array(2.0), tx.init(jnp.array(0.0)))[0])
         -1.0
     """
-    check_scalar("learning_rate", learning_rate, schedule=True)
+    arguments = {"learning_rate": learning_rate}
+    if learning_rate is None:
+        return Transformation(*optax.identity(), arguments=arguments)
+    check_factor("learning_rate", learning_rate)
     return scheduled(
+        "learning_rate",
         learning_rate,
         _descend if flip_sign else _ascend,
         needs_params=False,
-        arguments={"learning_rate": learning_rate},
+        arguments=arguments,
     )
 
 

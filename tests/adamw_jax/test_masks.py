@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from inputs import FLAX, flat
@@ -258,6 +259,180 @@ def test_a_callable_module_as_mask():
     tx = aj.add_decayed_weights(0.5, Module(True))
     updates, _ = tx.update(Module(jnp.zeros(2)), tx.init(params), params)
     np.testing.assert_array_equal(updates.w, 0.5)
+
+
+SMALL = {"a": jnp.ones(2), "b": {"w": jnp.ones(3)}}
+FLAGS = {
+    "bools": {"a": False, "b": {"w": True}},
+    "0 and 1": {"a": 0, "b": {"w": 1}},
+    "numpy": {"a": np.False_, "b": {"w": np.array(True)}},
+    "jax": {"a": jnp.array(False), "b": {"w": jnp.array(True)}},
+    "one element": {"a": jnp.array([0]), "b": {"w": np.array([1], np.uint8)}},
+    "prefix of 1": {"a": 0, "b": 1},
+    "function": lambda params: {"a": np.False_, "b": 1},
+    "all": 1,
+    "none": jnp.array(False),
+}
+
+
+def apply_mask(lib, mask, params, jit=True):
+    """By how much each leaf decays under a mask of weight decay, and of freezing."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    transformations = [lib.add_decayed_weights(0.5, mask)]
+    if lib is aj:
+        inner = aj.sgd(1.0, weight_decay=0.5)
+        transformations.append(aj.freeze_leaves(inner, mask))
+    else:
+        inner = optax.chain(optax.add_decayed_weights(0.5), optax.scale(-1.0))
+        transformations.append(optax.chain(inner, optax.freeze(mask)))
+    result = []
+    for tx in transformations:
+        update = jax.jit(tx.update) if jit else tx.update
+        updates, _ = update(zeros, tx.init(params), params)
+        result += [float(leaf.sum()) for leaf in jax.tree.leaves(updates)]
+    return result
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_that_optax_accepts(name, lenient):
+    ours = apply_mask(aj, FLAGS[name], SMALL)
+    assert ours == apply_mask(optax, FLAGS[name], SMALL)
+    if name not in ("all", "none"):
+        assert ours == [0.0, 1.5, -1.0, 0.0]
+        assert aj.sgd(0.1, l2=0.1, mask=FLAGS[name]).init(SMALL)
+
+
+def test_flags_in_the_containers_of_flax(lenient):
+    """FrozenDict, nnx.State and an NNX module, which can be called."""
+    nnx = pytest.importorskip("flax.nnx")
+    freeze = pytest.importorskip("flax.core").freeze
+    model = nnx.Linear(1, 2, rngs=nnx.Rngs(0))
+    for params, kind in (
+        (freeze({"bias": jnp.zeros(2), "kernel": jnp.ones((1, 2))}), int),
+        (nnx.state(model), np.bool_),
+        (nnx.split(model)[1], jnp.asarray),
+        (model, jnp.asarray),
+        (model, int),
+    ):
+        mask = jax.tree.map(lambda p, kind=kind: kind(p.ndim > 1), params)
+        ours = apply_mask(aj, mask, params, jit=params is not model)
+        assert ours == apply_mask(optax, mask, params, jit=False)
+        assert ours[0] == 0 and ours[1] != 0
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_mask_in_other_containers(swapped):
+    """Refused by Optax as well, in a message about tree_map."""
+    freeze = pytest.importorskip("flax.core").freeze
+    params, mask = SMALL, freeze(FLAGS["bools"])
+    if swapped:
+        params, mask = freeze(SMALL), FLAGS["bools"]
+    types = ("dict", "FrozenDict") if swapped else ("FrozenDict", "dict")
+    with pytest.raises(ValueError, match="mask has a {} where a {} is".format(*types)):
+        aj.add_decayed_weights(0.1, mask).init(params)
+    with pytest.raises(ValueError, match="different types"):
+        optax.add_decayed_weights(0.1, mask).init(params)
+
+
+def test_a_mask_must_not_depend_on_traced_values():
+    tx = aj.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: (x > 0).all(), p))
+    state = tx.init(SMALL)  # known here
+    with pytest.raises(TypeError, match="mask must not depend on traced values, got"):
+        jax.jit(tx.update)(SMALL, state, SMALL)
+
+    def init(flag):
+        return aj.add_decayed_weights(0.1, {"a": True, "b": {"w": flag}}).init(SMALL)
+
+    with pytest.raises(TypeError, match="at leaf b/w: compute it outside of jit"):
+        jax.jit(init)(True)
+
+
+# ---- in parts of a tree --------------------------------------------------------------
+
+NET = {
+    "body": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+}
+BY_MODULE = aj.labels_by_path({"body": "^body", "head": "^head"})
+
+
+def decays(tx, params=NET):
+    """How much each leaf loses in the second update, without a gradient."""
+    zeros, update = jax.tree.map(jnp.zeros_like, params), jax.jit(tx.update)
+    _, state = update(zeros, tx.init(params), params)
+    updates, _ = update(zeros, state, params)
+    return {path: round(-float(u.mean()), 3) for path, u in flat(updates).items()}
+
+
+def decaying(mask=None):
+    return aj.sgd(1.0, weight_decay=0.5, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [BY_MODULE, BY_MODULE(NET), {"body": "body", "head": "head"}],
+    ids=["function", "tree", "prefix"],
+)
+def test_masks_and_labels_by_path_in_a_partition(labels):
+    """A pattern for another part selects nothing, and is no misspelling."""
+    in_head = aj.mask_by_path("^head/kernel")
+    tx = optax.partition({"body": decaying(in_head), "head": decaying(in_head)}, labels)
+    expected = {"body/bias": 0, "body/kernel": 0, "head/bias": 0, "head/kernel": 0.5}
+    assert decays(tx) == expected
+    groups = aj.scale_by_group({"body": 0.1, "head": 0.01}, BY_MODULE)
+    tx = optax.partition(
+        {"body": optax.chain(decaying(), groups), "head": aj.sgd(0.1)}, labels
+    )
+    assert decays(tx) == expected | {
+        **{"body/bias": 0.05, "body/kernel": 0.05, "head/kernel": 0}
+    }
+
+
+def test_masks_by_path_in_masked_and_freeze():
+    body, head = aj.mask_by_path("^body"), aj.mask_by_path("^head")
+    expected = {"body/bias": 0.5, "body/kernel": 0.5, "head/bias": 0, "head/kernel": 0}
+    nested = [
+        optax.masked(optax.chain(decaying(body), optax.freeze(head)), body),
+        optax.masked(optax.chain(decaying(), optax.freeze(head)), body),
+        optax.chain(decaying(), optax.freeze(head)),
+        aj.freeze_leaves(decaying(body), head),
+        aj.freeze_leaves(aj.freeze_leaves(decaying(), head), head),
+        optax.partition(
+            {"body": aj.freeze_leaves(decaying(), head), "head": aj.sgd(0.1)}, BY_MODULE
+        ),
+    ]
+    for tx in nested:
+        assert decays(tx) == expected
+    # The two leaves are in one subtree, which a prefix hides with their names.
+    tx = optax.masked(decaying(aj.mask_by_path("^body/kernel")), {"body": 0, "head": 1})
+    assert not any(decays(tx).values())
+
+
+def test_a_misspelling_in_the_whole_tree_is_still_one():
+    misspelt = aj.mask_by_path("kernl")
+    for tx in (
+        decaying(misspelt),
+        optax.masked(decaying(), misspelt),
+        optax.chain(decaying(), optax.freeze(misspelt)),
+        aj.freeze_leaves(decaying(), misspelt),
+    ):
+        with pytest.raises(ValueError, match="no leaf matches 'kernl'"):
+            tx.init(NET)
+    labels = aj.labels_by_path({"body": "^bodi"})
+    with pytest.raises(ValueError, match="leaf body/bias matches none of"):
+        optax.partition({"body": decaying()}, labels).init(NET)
+    with pytest.raises(ValueError, match="no leaf has the label tail"):
+        groups = {"body": 1.0, "head": 1.0, "tail": 1.0}
+        aj.scale_by_group(groups, BY_MODULE).init(NET)
+
+
+def test_a_pattern_for_leaves_without_a_gradient():
+    """Without params the mask is read from the gradients."""
+    tx = aj.freeze_leaves(aj.sgd(1.0), aj.mask_by_path("^head"))
+    grads = {"body": NET["body"], "head": {"kernel": None, "bias": None}}
+    updates, _ = tx.update(grads, tx.init(NET))
+    assert updates["head"] == {"kernel": None, "bias": None}
+    np.testing.assert_array_equal(updates["body"]["bias"], -1)
 
 
 def test_describe_mask(capsys):

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,6 +133,69 @@ def test_traced_values_equal_host_values(phases):
         traced = jax.jit(phases.schedule(name))(jnp.asarray(steps))
         host = [phases.at(step)[name] for step in steps]
         np.testing.assert_allclose(traced, host, rtol=2e-6, atol=1e-9)
+
+
+def test_phases_of_the_rate_are_a_schedule_of_optax(x64, lenient):
+    """In its optimizers, in a link of ours, and injected around either."""
+    phases = aj.cosine_restarts(1e-2, cycles=2, steps=6)
+    p, g = jnp.array([1.0, -2.0]), jnp.array([0.3, -0.1])
+    rates = [phases.at(k)["learning_rate"] for k in range(12)]
+    assert [phases(k) for k in range(12)] == rates
+    paths = {}
+    for name, tx in {
+        "table": optax.sgd(lambda k: jnp.asarray(rates)[k]),
+        "optax": optax.sgd(phases),
+        "links": aj.chain(aj.trace(0.0), aj.scale_by_learning_rate(phases)),
+        "schedule": optax.chain(optax.scale(-1.0), optax.scale_by_schedule(phases)),
+        "injected": optax.inject_hyperparams(optax.sgd)(phases),
+        "ours injected": optax.inject_hyperparams(aj.sgd)(phases),
+    }.items():
+        update, state, paths[name] = jax.jit(tx.update), tx.init(p), []
+        for _ in range(12):
+            updates, state = update(g, state, p)
+            paths[name].append(updates)
+    expected = -np.array(rates)[:, None] * np.array([0.3, -0.1])
+    for path in paths.values():
+        np.testing.assert_allclose(path, expected, rtol=1e-6)
+
+
+def test_phases_of_more_than_the_rate_are_no_schedule(lenient):
+    """Optax would drop the momentum without a word."""
+    phases, p = aj.one_cycle(1e-2, steps=9), jnp.ones(2)
+    message = (
+        "learning_rate must be one schedule, got phases that set learning_rate and b1: "
+        r"pass phases.schedule\('learning_rate'\)"
+    )
+    with pytest.raises(TypeError, match=message):
+        phases(0)
+    tx = optax.adamw(phases)
+    state = tx.init(p)
+    with pytest.raises(TypeError, match=message):
+        jax.jit(tx.update)(p, state, p)
+    for make in (optax.adamw, aj.adamw):
+        with pytest.raises(TypeError, match=message):
+            optax.inject_hyperparams(make)(phases).init(p)
+    with pytest.raises(TypeError, match=message):
+        aj.scale_by_learning_rate(phases)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: aj.scale_by_adam(b1=x), r"b1 must be .* phases.schedule\('b1'\)"),
+        (lambda x: aj.scale_by_amsgrad(b2=x), "b2 must be one schedule, got phases"),
+        (lambda x: aj.trace(x), "decay must be one schedule, got phases that set"),
+        (lambda x: aj.add_decayed_weights(x), "weight_decay must be one schedule"),
+        (lambda x: aj.add_l2_gradient(x), "l2 must be one schedule"),
+        (lambda x: aj.clip_by_global_norm(x), "max_norm must be a number, not a call"),
+    ],
+)
+def test_phases_in_a_link_of_another_hyperparameter(make, message):
+    """They are never called for their learning rate there."""
+    with pytest.raises(TypeError, match=message):
+        make(aj.one_cycle(1e-2, steps=9))
+    with pytest.raises(TypeError, match=message.split(" .*")[0]):
+        make(aj.range_test())
 
 
 def test_far_into_a_long_run():
