@@ -343,50 +343,44 @@ class Phases:
             )
 
     def _value(self, name: str, step: Any, xp: Any) -> Any:
-        """Computes one value per kind of ramp and takes the parameters from tables.
+        tables = self._tables[name]
+        kinds = tuple(ramp.kind for ramp in self._ramps[name])
+        if xp is np:
+            return _interpolate(np, kinds, step, tables)
+        return _interpolate_in_jax(kinds, step, tables)
 
-        The size of the program does not grow with the number of phases.
-        """
-        ramps = [_make_ramp(getattr(phase, name)) for phase in self.phases]
-        kinds = [ramp.kind for ramp in ramps]
+    @functools.cached_property
+    def _ramps(self) -> dict[str, list[Ramp]]:
+        return {
+            name: [_make_ramp(getattr(phase, name)) for phase in self.phases]
+            for name in self.names
+        }
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, dict[str, np.ndarray]]:
+        """What :func:`_interpolate` looks up: a number for each phase."""
         begins = np.array(self.boundaries[:-1])
-        step = xp.asarray(step)
-        first_steps = self._first_steps[1:-1].reshape((1,) * step.ndim + (-1,))
-        index = (step[..., None] >= first_steps).sum(-1)
-        dtype = float if xp is np else jnp.result_type(float)
+        whole = np.floor(begins)
+        common = {
+            "first_step": self._first_steps[1:-1],
+            "begin": whole.astype(np.int32),
+            "begin_fraction": begins - whole,
+            "duration": np.array(self.durations),
+        }
 
-        def table(values):
-            return xp.asarray(np.array(values), dtype)[index]
+        def numbers(ramps):
+            logs = [
+                math.log(ramp.end / ramp.start) if ramp.kind == "exponential" else 0.0
+                for ramp in ramps
+            ]
+            return {
+                "start": np.array([float(ramp.start) for ramp in ramps]),
+                "end": np.array([float(ramp.end) for ramp in ramps]),
+                "power": np.array([float(ramp.power) for ramp in ramps]),
+                "log_ratio": np.array(logs),
+            }
 
-        # Whole steps are subtracted as integers, which is exact far into a run.
-        whole_steps = xp.asarray(np.floor(begins).astype(np.int32))[index]
-        elapsed = (step - whole_steps).astype(dtype) - table(begins - np.floor(begins))
-        duration = table(self.durations)
-        elapsed = xp.clip(elapsed, 0, duration)
-        # Both fractions, because 1 - t loses digits near the end of a long phase.
-        t, rest = elapsed / duration, (duration - elapsed) / duration
-        start = table([ramp.start for ramp in ramps])
-        end = table([ramp.end for ramp in ramps])
-        value = start
-        for kind in sorted(set(kinds)):
-            if kind == "linear":
-                new = start * rest + end * t
-            elif kind == "cosine":
-                half = math.pi / 2
-                new = start * xp.sin(half * rest) ** 2 + end * xp.sin(half * t) ** 2
-            elif kind == "polynomial":
-                fade = rest ** table([ramp.power for ramp in ramps])
-                new = start * fade + end * (1 - fade)
-            elif kind == "exponential":
-                logs = [
-                    math.log(ramp.end / ramp.start) if ramp.kind == kind else 0.0
-                    for ramp in ramps
-                ]
-                new = start * xp.exp(table(logs) * t)
-            else:
-                continue
-            value = xp.where(xp.asarray([k == kind for k in kinds])[index], new, value)
-        return value
+        return {name: common | numbers(ramps) for name, ramps in self._ramps.items()}
 
     def to_json(self) -> str:
         """The phases as JSON text, for a log or a checkpoint."""
@@ -457,3 +451,49 @@ def _format_ramp(value: Any) -> str:
         return f"{start:g}"
     suffix = f"^{power:g}" if kind == "polynomial" else ""
     return f"{start:g} -> {end:g} {kind}{suffix}"
+
+
+def _interpolate(
+    xp: Any, kinds: tuple[str, ...], step: Any, tables: dict[str, np.ndarray]
+) -> Any:
+    """Computes one value per kind of ramp and takes the parameters from tables.
+
+    The size of the program does not grow with the number of phases.
+    """
+    step = xp.asarray(step)
+    first_step = tables["first_step"].reshape((1,) * step.ndim + (-1,))
+    index = (step[..., None] >= first_step).sum(-1)
+    dtype = float if xp is np else jnp.result_type(float)
+
+    def look_up(name):
+        return xp.asarray(tables[name], dtype)[index]
+
+    # Whole steps are subtracted as integers, which is exact far into a run.
+    whole_steps = (step - xp.asarray(tables["begin"])[index]).astype(dtype)
+    duration = look_up("duration")
+    elapsed = xp.clip(whole_steps - look_up("begin_fraction"), 0, duration)
+    # Both fractions, because 1 - t loses digits near the end of a long phase.
+    t, rest = elapsed / duration, (duration - elapsed) / duration
+    start, end = look_up("start"), look_up("end")
+    value = start
+    for kind in sorted(set(kinds)):
+        if kind == "linear":
+            new = start * rest + end * t
+        elif kind == "cosine":
+            half = math.pi / 2
+            new = start * xp.sin(half * rest) ** 2 + end * xp.sin(half * t) ** 2
+        elif kind == "polynomial":
+            fade = rest ** look_up("power")
+            new = start * fade + end * (1 - fade)
+        elif kind == "exponential":
+            new = start * xp.exp(look_up("log_ratio") * t)
+        else:
+            continue
+        value = xp.where(xp.asarray([k == kind for k in kinds])[index], new, value)
+    return value
+
+
+# One program outside of jit, too, where each operation would be a dispatch.
+_interpolate_in_jax = jax.jit(
+    functools.partial(_interpolate, jnp), static_argnums=0, inline=True
+)
