@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from train.bench import accumulation, cifar10, images, language_model, packing, update
+from train.bench import (
+    accumulation,
+    cifar10,
+    images,
+    language_model,
+    overhead,
+    packing,
+    update,
+)
 from train.run import devices
 
 BENCHES: dict[str, Any] = {
@@ -21,6 +29,7 @@ BENCHES: dict[str, Any] = {
     "update": update,
     "packing": packing,
     "accumulation": accumulation,
+    "overhead": overhead,
 }
 
 

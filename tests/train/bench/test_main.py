@@ -31,6 +31,7 @@ def test_each_name_has_its_options(tmp_path):
         ("update", [], False),  # compilation is timed
         ("packing", [], False),
         ("accumulation", [], True),
+        ("overhead", [], True),
     ],
 )
 def test_what_is_prepared(name, cores, cached, monkeypatch):
