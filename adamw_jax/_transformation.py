@@ -96,6 +96,8 @@ def keep_state_dtypes(tx: optax.GradientTransformation) -> Any:
 
 def cast_like(state: Any, old: Any) -> Any:
     """Casts the floating point leaves of a state to the dtypes of the old one."""
+    if jax.tree.structure(state) != jax.tree.structure(old):
+        return state  # optax.monitor begins with an empty dict
 
     def leaf(new, old):
         both = hasattr(new, "dtype") and hasattr(old, "dtype")
