@@ -582,5 +582,8 @@ def _build(
             _check_range(decay_name if name == "weight_decay" else name, value)
         return factory(**values)
 
-    # What is injected comes from a state at every update; see `check_scalar`.
-    return with_hyperparams(factory if injected else checked_factory, **hyperparams)
+    if not injected:
+        return with_hyperparams(checked_factory, **hyperparams)
+    for name, value in hyperparams.items():
+        check_scalar(name, value)  # not the range: they come from a state, at an update
+    return with_hyperparams(factory, **hyperparams)
