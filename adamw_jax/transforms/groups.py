@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._checks import check_array, check_params, check_scalar
+from .._checks import check_params, check_scalar
 from .._transformation import Transformation, step_with_factor
 from .._tree import broadcast, is_none, leaves_like, map_leaves, on_leaves, path_string
 from ..apply import describe_step
@@ -67,8 +67,6 @@ def scale_by_group(
         return tree
 
     def init(params):
-        for name, value in multipliers.items():
-            check_array(f"multipliers[{name!r}]", value)
         used = set(jax.tree.leaves(resolve(params)))
         unused = set(multipliers) - used
         if used and unused and not is_part(params):

@@ -63,7 +63,6 @@ def test_numbers_without_a_value(name, make, value):
         ("eps", lambda x: aj.adamw(1e-3, eps=x)),
         ("max_norm", lambda x: aj.clip_by_global_norm(x)),
         ("eps", lambda x: aj.clip_by_global_norm(1.0, eps=x)),
-        ("multipliers.*", lambda x: aj.scale_by_group({"a": x}, "a")),
     ],
 )
 def test_the_range_of_an_array_is_checked_at_init(name, make, value):
