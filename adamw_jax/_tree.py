@@ -84,15 +84,15 @@ def zeros_like_params(params: Any, dtype: Any = None, *, real: bool = False) -> 
 
 def describe_mismatch(name: str, tree: Any, reference: Any) -> str:
     """Describes, by path, how the structures of two trees differ."""
-    types = _container_mismatch(jax.tree.structure(tree), jax.tree.structure(reference))
-    if types is not None:
-        return f"{name} has a {types[0]} where a {types[1]} is expected"
     paths, expected = (
         {path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)}
         for t in (tree, reference)
     )
     extra, missing = sorted(paths - expected), sorted(expected - paths)
     details = []
+    types = _container_mismatch(jax.tree.structure(tree), jax.tree.structure(reference))
+    if types is not None:
+        details.append(f"{name} has a {types[0]} where a {types[1]} is expected")
     if missing:
         details.append(f"{name} has no leaf {', '.join(missing[:5])}")
     if extra:

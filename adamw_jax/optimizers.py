@@ -1,6 +1,7 @@
 """Optimizers: short chains of transformations with hyperparameters in the state."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -118,11 +119,18 @@ def adam(
                 stochastic_rounding=stochastic_rounding,
                 seed=seed,
             ),
-            _last_link(learning_rate),
+            scale_by_learning_rate(learning_rate),
         )
 
     return _build(
-        adam, make_chain, mask, learning_rate=learning_rate, b1=b1, b2=b2, **decay
+        adam,
+        make_chain,
+        mask,
+        decay_name="l2",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        **decay,
     )
 
 
@@ -241,7 +249,7 @@ def adamw(
                 seed=seed,
             ),
             *_links_after_moments(weight_decay, base, mask),
-            _last_link(learning_rate),
+            scale_by_learning_rate(learning_rate),
         )
 
     return _build(
@@ -359,11 +367,18 @@ def amsgrad(
                 seed=seed,
             ),
             *_links_after_moments(None if uses_l2 else weight_decay, base, mask),
-            _last_link(learning_rate),
+            scale_by_learning_rate(learning_rate),
         )
 
     return _build(
-        amsgrad, make_chain, mask, learning_rate=learning_rate, b1=b1, b2=b2, **decay
+        amsgrad,
+        make_chain,
+        mask,
+        decay_name="l2" if uses_l2 else "weight_decay",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        **decay,
     )
 
 
@@ -440,42 +455,28 @@ def sgd(
     def make_chain(learning_rate, weight_decay=None, momentum=None):
         buffer = []
         if momentum is not None:
-            check_scalar("momentum", momentum, below=1)
             buffer = [trace(momentum, nesterov, accumulator_dtype, dampened=dampened)]
         return chain(
             *_links_before_moments(maximize, weight_decay if uses_l2 else None, mask),
             *buffer,
             *_links_after_moments(None if uses_l2 else weight_decay, base, mask),
-            _last_link(learning_rate),
+            scale_by_learning_rate(learning_rate),
         )
 
-    return _build(sgd, make_chain, mask, **hyperparams)
+    decay_name = "l2" if uses_l2 else "weight_decay"
+    return _build(sgd, make_chain, mask, decay_name=decay_name, **hyperparams)
 
 
 def _links_before_moments(maximize: bool, l2: Any = None, mask: Mask = None) -> list:
     # The sign comes first, so that maximize does not flip the decay.
     links = [optax.scale(-1.0)] if maximize else []
-    if l2 is None:
-        return links
-    check_scalar("l2", l2)
-    return [*links, add_l2_gradient(l2, mask)]
+    return links if l2 is None else [*links, add_l2_gradient(l2, mask)]
 
 
 def _links_after_moments(weight_decay: Any, base: Any, mask: Mask) -> list:
     if weight_decay is None:
         return []
-    check_scalar("weight_decay", weight_decay)
     return [add_decayed_weights(weight_decay / base, mask)]
-
-
-def _last_link(learning_rate: Any) -> Transformation:
-    if is_static(learning_rate) and learning_rate < 0:
-        raise ValueError(
-            f"learning_rate must be finite and >= 0, got {show(learning_rate)}: set "
-            "maximize=True to ascend"
-        )
-    check_scalar("learning_rate", learning_rate)
-    return scale_by_learning_rate(learning_rate)
 
 
 def _phases_set(learning_rate: Any, name: str) -> bool:
@@ -536,8 +537,23 @@ def _base_learning_rate(
     return base
 
 
+def _check_range(name: str, value: Any) -> None:
+    """Checks a hyperparameter, of which the links accept more; see `check_factor`."""
+    if name == "learning_rate" and is_static(value) and value < 0:
+        raise ValueError(
+            f"learning_rate must be finite and >= 0, got {show(value)}: set "
+            "maximize=True to ascend"
+        )
+    check_scalar(name, value, below=1 if name == "momentum" else math.inf)
+
+
 def _build(
-    optimizer: Callable, factory: Callable, mask: Mask = None, **hyperparams: Any
+    optimizer: Callable,
+    factory: Callable,
+    mask: Mask = None,
+    *,
+    decay_name: str = "weight_decay",
+    **hyperparams: Any,
 ) -> Transformation:
     """Calls `with_hyperparams`; refuses arguments that would silently be replaced."""
     parameters = inspect.signature(optimizer).parameters
@@ -560,4 +576,14 @@ def _build(
             f"mask must be a tree or a function, got {mask!r}: pass static_args='mask' "
             "to optax.inject_hyperparams, which calls a mask as a schedule otherwise"
         )
+
+    def checked_factory(**values):
+        for name, value in values.items():
+            _check_range(decay_name if name == "weight_decay" else name, value)
+        return factory(**values)
+
+    if not injected:
+        return with_hyperparams(checked_factory, **hyperparams)
+    for name, value in hyperparams.items():
+        check_scalar(name, value)  # not the range: they come from a state, at an update
     return with_hyperparams(factory, **hyperparams)

@@ -130,7 +130,8 @@ def scale_by_adam(
 
     Args:
         b1: decay of the first moment, in [0, 1): a number, a traced scalar, or a
-            schedule, called with the number of updates done (int32).
+            schedule, called with the number of updates done (int32). An array at
+            `update`, after a number at `init`, counts as the b1 of every step so far.
         b2: decay of the second moment, likewise.
         eps: added to the root of the second moment, in the unit of the gradients.
         eps_root: added under the root; needed to differentiate through the update.

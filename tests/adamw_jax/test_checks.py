@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adamw_jax as aj
@@ -84,7 +85,10 @@ def test_an_infinite_norm_in_an_array():
 
 @pytest.mark.parametrize("make", [aj.adam, aj.adamw, aj.amsgrad, aj.sgd])
 def test_a_negative_rate_says_how_to_ascend(make):
-    for rate in (-0.1, np.float32(-0.1), lambda step: -0.1, jnp.float32(-0.1)):
+    rates = [-0.1, np.float32(-0.1), lambda step: -0.1]
+    # Where all hyperparameters are arrays they may be injected, one for each update.
+    rates += [] if make is aj.sgd else [jnp.float32(-0.1)]
+    for rate in rates:
         with pytest.raises(ValueError, match=r"got .*-0\.1.*: set maximize=True"):
             make(rate)
     with pytest.raises(ValueError, match="learning_rate must be finite and >= 0, got"):
@@ -108,3 +112,17 @@ def test_an_optimizer_checks_the_first_value_of_a_schedule(make, message):
     """The links accept more."""
     with pytest.raises(ValueError, match=message):
         make(lambda step: 1.0)
+
+
+def test_an_injected_schedule_that_ends_below_zero_does_not_stop_a_run(lenient):
+    """Optax builds the optimizer at every update, from the values in its state."""
+    p, paths = jnp.array([1.0, -2.0]), []
+    rates = jnp.array([0.1, -1e-6, -1e-6])
+    for make in (aj.sgd, optax.sgd):
+        tx = optax.inject_hyperparams(make)(lambda step: rates[step])
+        state, path = tx.init(p), []
+        for _ in range(3):
+            updates, state = tx.update(p, state, p)
+            path.append(updates)
+        paths.append(path)
+    np.testing.assert_allclose(*paths, rtol=1e-6)

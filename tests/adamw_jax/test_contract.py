@@ -1,5 +1,6 @@
 """What every transformation keeps: None leaves, one trace, sharding, clear errors."""
 
+import functools
 import math
 
 import chex
@@ -29,6 +30,12 @@ SCALARS = [
     (aj.scale_by_adam, "eps"),
     (aj.scale_by_adam, "eps_root"),
     (aj.scale_by_amsgrad, "b1"),
+    (aj.sgd, "learning_rate"),
+    (functools.partial(aj.adamw, 0.1), "weight_decay"),
+]
+NO_NUMBER = [(functools.partial(aj.sgd, 0.1), x) for x in ("momentum", "l2")]  # is None
+# These may be negative, and arrays, as in Optax.
+FACTORS = [
     (aj.trace, "decay"),
     (aj.add_decayed_weights, "weight_decay"),
     (aj.add_l2_gradient, "l2"),
@@ -138,10 +145,18 @@ def test_vmap_over_hyperparameters(name, values):
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("make", "name"), SCALARS)
+@pytest.mark.parametrize(("make", "name"), SCALARS + NO_NUMBER)
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
 def test_bad_numbers(make, name, bad):
     with pytest.raises(ValueError, match=rf"^{name} must be .*{bad}"):
+        make(**{name: bad})
+
+
+@pytest.mark.parametrize(("make", "name"), FACTORS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_factors(make, name, bad):
+    make(**{name: -0.1})
+    with pytest.raises(ValueError, match=rf"^{name} must be finite, got {bad}"):
         make(**{name: bad})
 
 
@@ -152,12 +167,19 @@ def test_bad_types(make, name, bad):
         make(**{name: bad})
 
 
+@pytest.mark.parametrize(("make", "name"), FACTORS + NO_NUMBER)
+@pytest.mark.parametrize("bad", ["x", [1.0], True])
+def test_bad_types_where_arrays_or_none_are_allowed(make, name, bad):
+    with pytest.raises(TypeError, match=rf"^{name} must be"):
+        make(**{name: bad})
+
+
 @pytest.mark.parametrize(
     ("make", "kwargs", "message"),
     [
         (aj.scale_by_adam, {"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
         (aj.scale_by_adam, {"b2": 1.5}, r"b2 must be in \[0, 1\), got 1.5"),
-        (aj.trace, {"decay": 1}, r"decay must be in \[0, 1\), got 1"),
+        (aj.sgd, {"learning_rate": 1, "momentum": 1}, r"momentum must be in \[0, 1\)"),
         (aj.scale_by_adam, {"bias_correction": "yes"}, "bias_correction .* 'yes'"),
         (aj.scale_by_amsgrad, {"convention": "keras"}, "convention .* 'keras'"),
         (
