@@ -121,7 +121,6 @@ def to_optax_state(
 # finding what two states have in common
 # ---------------------------------------------------------------------------
 
-_INJECT = (optax.InjectStatefulHyperparamsState, optax.InjectHyperparamsState)
 _WINDOWS = (AccumulateState, optax.MultiStepsState)
 _MOMENTS = {
     "ScaleByAdamState": optax.ScaleByAdamState,
@@ -131,7 +130,8 @@ _MOMENTS = {
 }
 _INNER = ("inner_state", "inner_opt_state", "inner_states")
 _CHECKPOINTED = (
-    *(*_INJECT, optax.MultiStepsState, optax.MaskedState, optax.PartitionState),
+    *(optax.InjectStatefulHyperparamsState, optax.MultiStepsState),
+    *(optax.MaskedState, optax.PartitionState),
     *(optax.ScaleByAdamState, optax.ScaleByAmsgradState, optax.TraceState),
     optax.ScaleByScheduleState,
 )
@@ -156,8 +156,8 @@ def _kind(node: Any) -> str | None:
         return None if is_container else "array"
     if isinstance(node, HyperparamsState):
         return "hyperparams"
-    if isinstance(node, _INJECT):
-        return "inject"
+    if isinstance(node, optax.InjectStatefulHyperparamsState):
+        return "inject"  # that of Optax before 0.1.9 does not say what is scheduled
     if isinstance(node, _WINDOWS):
         return "window"
     if node._fields == ("count",) or isinstance(node, StochasticRoundingState):
@@ -268,7 +268,7 @@ class _Conversion(NamedTuple):
 def _convert(
     source_name: str, source: Any, target_name: str, target: Any, step: int | None
 ) -> Any:
-    if step is not None and (step < 0 or int(step) != step):
+    if step is not None and step < 0:
         raise ValueError(f"step must be an integer >= 0, got {step!r}")
     for name, state in ((source_name, source), (target_name, target)):
         if not isinstance(state, tuple | list | Mapping):
@@ -504,7 +504,7 @@ def _fill_values(
     ours = conversion.sources(scope, "hyperparams")
     target = conversion.target[scope]
     step = _steps(conversion, scope)
-    is_inject = isinstance(node, _INJECT)
+    is_inject = isinstance(node, optax.InjectStatefulHyperparamsState)
     if not is_inject:
         node = node._replace(step=_number(node.step, step))
         if "inject" in target:
@@ -542,7 +542,7 @@ def _pair(
 
 def _fill_hyperparams(conversion: _Conversion, node: Any, source: Any) -> Any:
     """Values of inject_hyperparams to ours; an edited constant is an override."""
-    scheduled = getattr(source, "hyperparams_states", {})
+    scheduled = source.hyperparams_states
     new, last, edits = dict(node.hyperparams), list(node.last_values), {}
     for i, name in enumerate(sorted(new)):
         if name not in source.hyperparams:
@@ -581,9 +581,11 @@ def _fill_inject(conversion: _Conversion, node: Any, source: Any, step: int) -> 
                     "inject_hyperparams"
                 )
             new[name] = _number(new[name], cast)
-    counts = jax.tree.map(lambda x: _number(x, step), scheduled)
-    node = node._replace(count=_number(node.count, step), hyperparams=new)
-    return node._replace(hyperparams_states=counts) if scheduled else node
+    return node._replace(
+        count=_number(node.count, step),
+        hyperparams=new,
+        hyperparams_states=jax.tree.map(lambda x: _number(x, step), scheduled),
+    )
 
 
 def _overridden(name: str, scheduled: bool) -> str:

@@ -285,6 +285,16 @@ def test_a_beta_that_was_not_constant():
             aj.scale_by_adam(),
             "hyperparameters of inject_hyperparams, for which state has no place",
         ),
+        (  # of Optax before 0.1.9, which does not say what was scheduled
+            optax.GradientTransformation(
+                lambda p: optax.InjectHyperparamsState(
+                    jnp.int32(0), {"learning_rate": jnp.float32(0.1)}, ()
+                ),
+                optax.sgd(0.1).update,
+            ),
+            aj.sgd(0.1),
+            "it has 1 InjectHyperparamsState, but state has no moments",
+        ),
         (
             optax.inject_hyperparams(optax.sgd)(0.1),
             aj.chain(aj.sgd(0.1), aj.sgd(0.1)),
