@@ -12,7 +12,6 @@ from ..fused.adamw import adamw
 from ..hyperparams import with_hyperparams
 from ..masks import mask_by
 from ..optimizers import adam, amsgrad, sgd
-from ..schedules.cycles import one_cycle_torch
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import BiasCorrection
 from ..transforms.chain import chain
@@ -204,61 +203,6 @@ def optimizer_from_torch_state_dict(
         b2=scheduled.get("b2"),
     )
     return tx, state
-
-
-def phases_from_torch_scheduler(
-    scheduler_state_dict: Mapping[str, Any],
-    param_groups: Sequence[Mapping[str, Any]],
-) -> Phases:
-    """Reads the :class:`Phases` of the first group from the state of a `OneCycleLR`.
-
-    Other schedulers store functions, or not enough to rebuild their schedule: build it
-    yourself.
-
-    Args:
-        scheduler_state_dict: `scheduler.state_dict()`. Its `last_epoch` is the `step`
-            of :func:`from_torch_state_dict`, if the scheduler was stepped once per
-            update.
-        param_groups: `optimizer.state_dict()["param_groups"]`, where the scheduler
-            stores its rates and momenta.
-
-    Returns:
-        The phases of :func:`one_cycle_torch`.
-
-    Raises:
-        ValueError: the state is that of another scheduler.
-
-    Example:
-        >>> scheduler = {"total_steps": 97, "_anneal_func_type": "cos",
-        ...              "cycle_momentum": True,
-        ...              "_schedule_phases": [{"end_step": 28.1}, {"end_step": 96}]}
-        >>> group = {"initial_lr": 4e-4, "max_lr": 1e-2, "min_lr": 4e-8,
-        ...          "max_momentum": 0.95, "base_momentum": 0.85}
-        >>> phases = phases_from_torch_scheduler(scheduler, [group])
-        >>> [f"{phases.at(k)['learning_rate']:.6f}" for k in (0, 28, 96)]
-        ['0.000400', '0.010000', '0.000000']
-    """
-    group, torch_phases = param_groups[0], scheduler_state_dict.get("_schedule_phases")
-    if torch_phases is None or "max_lr" not in group:
-        raise ValueError(
-            "scheduler_state_dict must be that of a OneCycleLR, and param_groups those "
-            f"that it drives, got {', '.join(map(str, scheduler_state_dict))}"
-        )
-    total = scheduler_state_dict["total_steps"]
-    cycled = scheduler_state_dict["cycle_momentum"]
-    momenta = ("base_momentum", "max_momentum") if cycled else ()
-    rates = {name: float(group[name]) for name in ("initial_lr", "max_lr", "min_lr")}
-    return one_cycle_torch(
-        rates["max_lr"],
-        total,
-        pct_start=(torch_phases[0]["end_step"] + 1) / total,
-        anneal_strategy=scheduler_state_dict["_anneal_func_type"],
-        cycle_momentum=cycled,
-        div_factor=rates["max_lr"] / rates["initial_lr"],
-        final_div_factor=rates["initial_lr"] / rates["min_lr"],
-        three_phase=len(torch_phases) == 3,
-        **{name: float(group[name]) for name in momenta},
-    )
 
 
 # ---------------------------------------------------------------------------
