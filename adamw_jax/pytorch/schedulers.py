@@ -10,7 +10,7 @@ import numpy as np
 
 from ..schedules.cycles import phases_until
 from ..schedules.phases import Phase, Phases
-from .names import get_betas, is_sgd
+from .names import is_sgd
 
 # What a state has beside the base class's values: a state does not name its class.
 _OWN_KEYS = {
@@ -72,7 +72,8 @@ def phases_from_torch_scheduler(
     * `OneCycleLR` with all options, of PyTorch 1.7 and later;
     * `CosineAnnealingLR`, which rises again after `T_max`, and
       `CosineAnnealingWarmRestarts`, stepped without an epoch;
-    * `LinearLR`, `ConstantLR`, `PolynomialLR`, `ExponentialLR`, `StepLR`, `MultiStepLR`;
+    * `StepLR`, `MultiStepLR`, `ConstantLR`, `LinearLR`, `PolynomialLR` and
+      `ExponentialLR`;
     * `SequentialLR` of all but the first, also nested.
 
     All others are refused by name. A state does not name its class, which is found by
@@ -89,8 +90,8 @@ def phases_from_torch_scheduler(
             scheduler was stepped once per update.
         param_groups: `optimizer.state_dict()["param_groups"]`, saved with it.
         group: index of the group. None: the first with parameters and a learning rate
-            above 0, whose rate `learning_rate` of
-            :func:`optimizer_from_torch_state_dict` is.
+            above 0, if the learning rates of the others stay in a constant ratio to it.
+            Otherwise :func:`optimizer_from_torch_state_dict` needs the phases of each.
         steps: updates in the whole run, those done included. Needed for a scheduler
             that never ends (`StepLR`, `ExponentialLR` and the two cosines, also as the
             last of a `SequentialLR`).
@@ -102,14 +103,15 @@ def phases_from_torch_scheduler(
 
     Raises:
         ValueError: the state is that of another scheduler; its rate is not in the
-            group; a `OneCycleLR` is at its end; there are no steps, or too few; or the
-            schedule needs more than 10,000 phases.
+            group; there is no group, and the groups have no constant ratio; a
+            `OneCycleLR` is at its end; there are no steps, or too few; or the schedule
+            needs more than 10,000 phases.
 
     Example:
         >>> scheduler = {"T_max": 100, "eta_min": 1e-4, "base_lrs": [0.1, 0.01],
-        ...              "last_epoch": 0, "_step_count": 1, "_last_lr": [0.1, 0.01]}
+        ...              "last_epoch": 0, "_step_count": 1}
         >>> groups = [{"lr": 0.1, "initial_lr": 0.1}, {"lr": 0.01, "initial_lr": 0.01}]
-        >>> print(phases_from_torch_scheduler(scheduler, groups, steps=100))
+        >>> print(phases_from_torch_scheduler(scheduler, groups, group=0, steps=100))
         steps  learning_rate
         0-99   0.1 -> 0.0001 cosine
         >>> print(phases_from_torch_scheduler(scheduler, groups, group=1, steps=150))
@@ -140,31 +142,39 @@ def phases_from_torch_scheduler(
     kind = _kind(state)
     if kind == "SequentialLR":
         _check_clock(state, state["last_epoch"])
-    if group is None:
-        group = first_learning(param_groups)
-    if not 0 <= group < len(param_groups):
-        raise ValueError(
-            f"group must be in [0, {len(param_groups)}), the number of the groups, got "
-            f"{group!r}"
-        )
-    options = param_groups[group]
     horizon = math.inf if steps is None else -(-int(steps) // int(updates_per_step))
     done = int(state["last_epoch"])
     if done >= horizon:
         raise ValueError(
             f"steps must be more than the {done * updates_per_step} done, got {steps!r}"
         )
-    if kind == "OneCycleLR":
-        phases = _one_cycle(state, options)
+    if kind != "OneCycleLR" and horizon == math.inf and (endless := _endless(state)):
+        raise ValueError(
+            "steps, the number of updates in the whole run, must be given, because "
+            f"{endless} never ends"
+        )
+
+    def read(i):
+        if kind == "OneCycleLR":
+            phases = _one_cycle(state, param_groups[i])
+        else:
+            base = _base_rate(state, i, len(param_groups))
+            phases = _join(_take(_ramps(state, base), horizon))
+        _check_rate(kind, phases.at(done), param_groups[i], done)
+        return phases
+
+    if group is None:
+        phases = read(first_learning(param_groups))
+        for i, other in enumerate(param_groups):
+            if len(other.get("params", (0,))):
+                _check_ratio(kind, phases, read(i), done)
+    elif 0 <= group < len(param_groups):
+        phases = read(group)
     else:
-        base = _base_rate(state, group, len(param_groups))
-        if horizon == math.inf and (endless := _endless(state)):
-            raise ValueError(
-                "steps, the number of updates in the whole run, must be given, because "
-                f"{endless} never ends"
-            )
-        phases = _join(_take(_ramps(state, base), horizon))
-    _check_rate(kind, phases.at(done), options, done)
+        raise ValueError(
+            f"group must be in [0, {len(param_groups)}), the number of the groups, got "
+            f"{group!r}"
+        )
     if updates_per_step == 1:
         return phases
     return _hold(phases, int(updates_per_step), min(horizon, phases.total_steps))
@@ -242,12 +252,12 @@ def _check_clock(state: Mapping[str, Any], step: int, ahead: int = 0) -> None:
     if i == 0 and _kind(running) == "SequentialLR":
         _check_clock(running, step, ahead + 1)
         return
-    expected = now - milestones[i - 1] if i else step
+    expected = step - max(milestones[i - 1] - ahead, 0) if i else step
     if state["last_epoch"] != now or running["last_epoch"] != expected:
         raise ValueError(
             f"scheduler {i} of the SequentialLR, a {_kind(running)}, must be at step "
             f"{expected} of its own, got {running['last_epoch']}: it was stepped by "
-            "hand or in a nest of PyTorch before 2.4"
+            "hand, or is nested in a way of older versions of PyTorch"
         )
 
 
@@ -255,8 +265,9 @@ def _check_rate(
     kind: str, values: dict[str, float], group: Mapping[str, Any], step: int
 ) -> None:
     """Raises if the group does not have the values of the schedule."""
-    momentum = float(group["momentum"]) if is_sgd(group) else get_betas(group)[0]
-    now = {"learning_rate": float(group["lr"]), "b1": momentum}
+    now = {"learning_rate": float(group["lr"])}
+    if "b1" in values:
+        now["b1"] = float(group["momentum"] if is_sgd(group) else group["betas"][0])
     # PyTorch's chain of products rounds at every step, to float32 if it is a tensor.
     relative = 1e-3 if hasattr(group["lr"], "dtype") else 1e-5
     scale = max(float(group.get("initial_lr", 0.0)), values["learning_rate"])
@@ -268,6 +279,22 @@ def _check_rate(
                 f"the {name} of the group is {now[name]:g}, but that of {kind} at step "
                 f"{step} is {expected:g}: it was changed by hand or by another "
                 "scheduler, or was saved at another step; build the schedule yourself"
+            )
+
+
+def _check_ratio(kind: str, phases: Phases, other: Phases, step: int) -> None:
+    """Raises unless the rates of two groups stay in one ratio, and b1 is the same."""
+    end = max(phases.total_steps, other.total_steps)
+    steps = np.linspace(step, end, 257).astype(int)
+    for name in phases.names:
+        first, second = (p.schedule(name)(steps) for p in (phases, other))
+        peaks = first.max(), second.max()
+        ratio = peaks[1] / peaks[0] if name == "learning_rate" and peaks[0] else 1.0
+        if not np.allclose(second, ratio * first, rtol=1e-9, atol=1e-12 * peaks[1]):
+            raise ValueError(
+                f"the {name} of one group does not give those of the others under this "
+                f"{kind}: read the phases of each group with group=..., and pass the "
+                "list to optimizer_from_torch_state_dict"
             )
 
 
