@@ -56,13 +56,13 @@ def optimizer_from_torch_state_dict(
     groups with equal options                 one :func:`adam`, :func:`adamw`, ...
     different `lr`                            the learning rate of the first group, with
                                               the ratios in :func:`scale_by_group`
-    one `learning_rate` for each group        `optax.partition`, one optimizer for each
-    `lr` 0, though not in all groups          likewise, with the learning rate 0
     `weight_decay=0` in some groups           the optimizer's `mask`
     different `betas`, ..., nonzero decays    `optax.partition`, one optimizer for each
+    different step counts                     likewise, so that each keeps its own count
+    one `learning_rate` for each group        likewise
+    `lr` 0 in some groups                     likewise, at the rate 0
     nonzero decays, SGD without momentum      one optimizer, with the ratios of the
                                               decays to that of the first group
-    different step counts                     likewise, so that each keeps its own count
     parameters in no group                    :func:`freeze_leaves`
     ========================================  ==========================================
 
@@ -70,11 +70,12 @@ def optimizer_from_torch_state_dict(
     had none because it should stay frozen, build the optimizer yourself, with
     :func:`freeze_leaves`, and fill its state with :func:`from_torch_state_dict`.
 
-    With one `learning_rate`, the ratio of the rates is that of the checkpoint, and
-    stays. Groups whose scheduler has not kept it (`eta_min` above 0, a function for
-    each group: lr / initial_lr differs) are refused; they need one for each group. The
-    groups do not show such a scheduler at its first step, and `ReduceLROnPlateau`
-    never, so read the phases of each group from the scheduler's state.
+    With one `learning_rate`, the ratio of the groups' rates is that of the checkpoint,
+    and stays. Groups whose scheduler has not kept it (`eta_min` above 0, a function for
+    each group: lr / initial_lr differs) are refused; pass a list, with one for each
+    group. At the first step of such a scheduler the groups do not show it, but
+    :func:`phases_from_torch_scheduler` does. `ReduceLROnPlateau` leaves no trace in
+    them, so a run that it drove continues at its last rates.
 
     `foreach`, `fused`, `capturable` and `differentiable` select implementations of the
     same update and are ignored. `dampening` is supported if it equals the momentum and
@@ -106,7 +107,7 @@ def optimizer_from_torch_state_dict(
     Raises:
         ValueError: as for :func:`from_torch_state_dict`; or a scheduler drove the
             groups and there is no learning_rate, or has changed the ratio of their
-            learning rates; or the dampening is not supported.
+            learning rates and there is only one; or the dampening is not supported.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np

@@ -153,6 +153,22 @@ def test_groups_that_share_phases(x64):
     assert sorted(state.inner_states) == ["0", "1"]
 
 
+def test_a_function_of_the_step(x64):
+    """The way out for `LambdaLR`: its function with jax.numpy, times the rate."""
+
+    def factor(t, xp=np):
+        return xp.minimum(t / 4, (1 + xp.cos(np.pi * (t - 4) / 16)) / 2)
+
+    optimizer, scheduler = make(
+        lambda opt: lr_scheduler.LambdaLR(opt, factor), (0.1, 0.02, 0.05)
+    )
+    assert_continues(
+        optimizer,
+        scheduler,
+        lambda *saved: lambda step: 0.1 * factor(step.astype(float), jnp),
+    )
+
+
 @pytest.mark.parametrize(
     ("scheduled", "cls"),
     matrix([(False, "AdamW"), (True, "AdamW"), (True, "SGD")], quick=[(True, "AdamW")]),

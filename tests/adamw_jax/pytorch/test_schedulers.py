@@ -423,8 +423,11 @@ REFUSED = {
     r"must be scheduler.state_dict\(\), got a list": lambda: (
         aj.phases_from_torch_scheduler([1], [{"lr": 0.1}])
     ),
-    r"the list optimizer.state_dict\(\)\['param_groups'\], got a dict": lambda: (
+    r"the list optimizer.state_dict\(\)\['param_groups'\], got dict": lambda: (
         aj.phases_from_torch_scheduler({}, {"param_groups": []})
+    ),
+    "param_groups must be .*, got an empty list": lambda: (
+        aj.phases_from_torch_scheduler({}, [])
     ),
     # not the schedule that the groups follow
     "learning_rate of the group is 0.5, but that of StepLR at step 4 is 0.01": lambda: (
