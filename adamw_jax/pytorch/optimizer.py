@@ -60,7 +60,7 @@ def optimizer_from_torch_state_dict(
     different `betas`, ..., nonzero decays    `optax.partition`, one optimizer for each
     different step counts                     likewise, so that each keeps its own count
     one `learning_rate` for each group        likewise
-    `lr` 0 in some groups                     likewise, at the rate 0
+    `lr` 0 in the first groups                likewise, at the rate 0
     nonzero decays, SGD without momentum      one optimizer, with the ratios of the
                                               decays to that of the first group
     parameters in no group                    :func:`freeze_leaves`
@@ -131,33 +131,11 @@ def optimizer_from_torch_state_dict(
         raise ValueError("state_dict must have parameters in its groups, got none")
     drives = _drives(learning_rate, state_dict["param_groups"])
 
-    # Leaves that differ only in learning rate, or in whether they decay, share one.
-    kinds = {}
-    for path, parameter in table.items():
-        drive = drives[id(parameter.group)]
-        kinds[path] = _Kind(
-            _make_options(parameter.group, decoupled, "b1" in drive.values),
-            step_count(path, parameter, problems),
-            drive.number,
-        )
-    problems.raise_if_any()
     decays = {
         path: float(parameter.group["weight_decay"])
         for path, parameter in table.items()
     }
-    for kind in set(kinds.values()):
-        paths = [path for path in table if kinds[path] == kind]
-        if len({decays[path] for path in paths} - {0.0}) > 1:
-            values = drives[id(table[paths[0]].group)].values
-            if "weight_decay" in values:
-                raise ValueError(
-                    "learning_rate must be phases without weight_decay, which differs "
-                    "between the groups"
-                )
-            if _has_no_momentum(kind.options, values):
-                continue
-            for path in paths:
-                kinds[path] = kind._replace(weight_decay=decays[path])
+    kinds = _make_kinds(table, drives, decays, decoupled, problems)
     labels = {kind: str(i) for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     by_label, rates = {}, {}
     for kind, label in labels.items():
@@ -246,7 +224,7 @@ class _Kind(NamedTuple):
 
     options: _AdamOptions | _SgdOptions
     count: int
-    drive: int
+    drive: int  # the number of a `_Drive`; -1 for the rate 0
     weight_decay: float | None = None  # set if leaves with these options differ in it
 
 
@@ -259,6 +237,49 @@ class _Drive(NamedTuple):
     own: bool = False  # the values are those of this group
 
 
+def _make_kinds(
+    table: dict[str, Parameter],
+    drives: dict[int, _Drive],
+    decays: dict[str, float],
+    decoupled: bool | None,
+    problems: Problems,
+) -> dict[str, _Kind]:
+    """The kind of each leaf.
+
+    Leaves that differ only in learning rate, or in whether they decay, share one.
+    """
+    kinds = {}
+    for path, parameter in table.items():
+        drive = drives[id(parameter.group)]
+        kinds[path] = _Kind(
+            _make_options(parameter.group, decoupled, "b1" in drive.values),
+            step_count(path, parameter, problems),
+            drive.number,
+        )
+    problems.raise_if_any()
+    for kind in set(kinds.values()):
+        paths = [path for path in table if kinds[path] == kind]
+        still = [path for path in paths if drives[id(table[path].group)].ratio == 0]
+        if paths[0] in still and still != paths:
+            # The rates of the others have no ratio to that of the first group.
+            for path in still:
+                kinds[path] = kind._replace(drive=-1)
+    for kind in set(kinds.values()):
+        paths = [path for path in table if kinds[path] == kind]
+        if len({decays[path] for path in paths} - {0.0}) > 1:
+            values = drives[id(table[paths[0]].group)].values
+            if "weight_decay" in values:
+                raise ValueError(
+                    "learning_rate must be phases without weight_decay, which differs "
+                    "between the groups"
+                )
+            if _has_no_momentum(kind.options, values):
+                continue
+            for path in paths:
+                kinds[path] = kind._replace(weight_decay=decays[path])
+    return kinds
+
+
 def _drives(
     learning_rate: Any, groups: Sequence[Mapping[str, Any]]
 ) -> dict[int, _Drive]:
@@ -267,9 +288,9 @@ def _drives(
     if not isinstance(learning_rate, Sequence):
         values = _hyperparams_from(learning_rate, trained)
         first = trained[first_learning(trained)]
-        ratios = {id(group): rate_ratio(group, first) for group in trained}
-        # No ratio to a rate of 0 can be read back from the state.
-        return {i: _Drive(int(k == 0), values, k) for i, k in ratios.items()}
+        return {
+            id(group): _Drive(0, values, rate_ratio(group, first)) for group in trained
+        }
     if len(learning_rate) != len(groups):
         raise ValueError(
             "learning_rate must be one for all groups or one for each of the "

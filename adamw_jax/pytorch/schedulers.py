@@ -69,7 +69,7 @@ def phases_from_torch_scheduler(
     At every step they have the learning rate that PyTorch's scheduler would set, and
     for `OneCycleLR` with `cycle_momentum` its momentum. PyTorch multiplies the rate of
     the step before; phases compute each from its step. The two differ by rounding, in
-    100,000 steps by less than 1e-12 of the base rate.
+    100,000 steps by less than 1e-10 of the base rate.
 
     * `OneCycleLR` with all options, of PyTorch 1.7 and later;
     * `CosineAnnealingLR`, which rises again after `T_max`, and

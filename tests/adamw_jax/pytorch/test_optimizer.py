@@ -215,6 +215,13 @@ def test_a_first_group_without_a_rate(x64, scheduled, cls):
     )
 
 
+def test_plain_sgd_with_a_last_group_without_a_rate(x64):
+    """It stays one optimizer, because it has no moments that tell states apart."""
+    optimizer, _ = make(lambda opt: None, (0.1, 0.05, 0.0), SGD)
+    state = assert_continues(optimizer, None, None)
+    assert not hasattr(state, "inner_states")
+
+
 def test_rates_that_are_all_zero(x64):
     """Nothing moves, as in PyTorch."""
     optimizer, _ = make(lambda opt: None, (0.0, 0.0, 0.0))
