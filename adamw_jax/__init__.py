@@ -79,7 +79,7 @@ from .pytorch.names import flax_layout as flax_layout
 from .pytorch.optimizer import (
     optimizer_from_torch_state_dict as optimizer_from_torch_state_dict,
 )
-from .pytorch.optimizer import (
+from .pytorch.schedulers import (
     phases_from_torch_scheduler as phases_from_torch_scheduler,
 )
 from .pytorch.state import from_torch_state_dict as from_torch_state_dict

@@ -276,8 +276,9 @@ def get_betas(group: Mapping[str, Any]) -> tuple[float, float]:
 
 
 _ONE_FOR_EACH = (
-    "build an optimizer with a schedule of its own for each group, with "
-    "optax.partition, and fill its state with from_torch_state_dict"
+    "pass a learning_rate for each group to optimizer_from_torch_state_dict, or build "
+    "an optimizer with a schedule of its own for each, with optax.partition, and fill "
+    "its state with from_torch_state_dict"
 )
 
 

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from .._checks import is_static
-from .._tree import ScalarOrSchedule, is_none, path_string
+from .._tree import is_none, path_string
 from ..fused.adamw import adamw
 from ..hyperparams import with_hyperparams
 from ..masks import mask_by
-from ..optimizers import adam, amsgrad, sgd
-from ..schedules.cycles import one_cycle_torch
+from ..optimizers import LearningRate, adam, amsgrad, sgd
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import BiasCorrection
 from ..transforms.chain import chain
@@ -32,6 +32,7 @@ from .names import (
     step_count,
     torch_parameters,
 )
+from .schedulers import first_learning
 from .state import from_torch_state_dict
 
 
@@ -39,7 +40,7 @@ def optimizer_from_torch_state_dict(
     state_dict: Mapping[str, Any],
     params: optax.Params,
     *,
-    learning_rate: ScalarOrSchedule | Phases | None = None,
+    learning_rate: LearningRate | Sequence[LearningRate] | None = None,
     decoupled: bool | None = None,
     bias_correction: BiasCorrection = "torch",
     names: Sequence[str] | None = None,
@@ -57,9 +58,11 @@ def optimizer_from_torch_state_dict(
                                               the ratios in :func:`scale_by_group`
     `weight_decay=0` in some groups           the optimizer's `mask`
     different `betas`, ..., nonzero decays    `optax.partition`, one optimizer for each
+    different step counts                     likewise, so that each keeps its own count
+    one `learning_rate` for each group        likewise
+    `lr` 0 in the first groups                likewise, at the rate 0
     nonzero decays, SGD without momentum      one optimizer, with the ratios of the
                                               decays to that of the first group
-    different step counts                     likewise, so that each keeps its own count
     parameters in no group                    :func:`freeze_leaves`
     ========================================  ==========================================
 
@@ -67,10 +70,12 @@ def optimizer_from_torch_state_dict(
     had none because it should stay frozen, build the optimizer yourself, with
     :func:`freeze_leaves`, and fill its state with :func:`from_torch_state_dict`.
 
-    The ratio of the learning rates is that of the checkpoint, and stays. Groups whose
-    scheduler has not kept it (`eta_min` above 0, a function for each group: lr /
-    initial_lr differs) are refused. A checkpoint from the first step of such a
-    scheduler does not show it.
+    With one `learning_rate`, the ratio of the groups' rates is that of the checkpoint,
+    and stays. Groups whose scheduler has not kept it (`eta_min` above 0, a function for
+    each group: lr / initial_lr differs) are refused; pass a list, with one for each
+    group. At the first step of such a scheduler the groups do not show it, but
+    :func:`phases_from_torch_scheduler` does. `ReduceLROnPlateau` leaves no trace in
+    them, so a run that it drove continues at its last rates.
 
     `foreach`, `fused`, `capturable` and `differentiable` select implementations of the
     same update and are ignored. `dampening` is supported if it equals the momentum and
@@ -79,11 +84,13 @@ def optimizer_from_torch_state_dict(
     Args:
         state_dict: `optimizer.state_dict()`.
         params: the parameters to train.
-        learning_rate: the learning rate of the first group from now on: a number, a
-            schedule of the step, or :class:`Phases`, such as
-            :func:`phases_from_torch_scheduler` returns. Phases also drive b1, b2 and
-            the decay if they set them, and are assumed to have driven b1 so far. None:
-            the learning rate of the group, unless a scheduler drove it.
+        learning_rate: the learning rate from now on of the first group that has
+            parameters and a rate above 0: a number, a schedule of the step, or
+            :class:`Phases`, such as :func:`phases_from_torch_scheduler` returns. Phases
+            also drive b1, b2 and the decay if they set them, and are assumed to have
+            driven b1 so far. Or a list with one for each of PyTorch's groups, each at
+            its own rate. None: the learning rates of the groups, unless a scheduler
+            drove them.
         decoupled: True for AdamW, False for Adam with L2. None: read from the groups,
             in which older versions of PyTorch did not store it.
         bias_correction: `"torch"` continues exactly as PyTorch would. For `"exact"` see
@@ -100,7 +107,7 @@ def optimizer_from_torch_state_dict(
     Raises:
         ValueError: as for :func:`from_torch_state_dict`; or a scheduler drove the
             groups and there is no learning_rate, or has changed the ratio of their
-            learning rates; or the dampening is not supported.
+            learning rates and there is only one; or the dampening is not supported.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -122,44 +129,24 @@ def optimizer_from_torch_state_dict(
     groups = [group for group in state_dict["param_groups"] if len(group["params"])]
     if not groups:
         raise ValueError("state_dict must have parameters in its groups, got none")
-    scheduled = _hyperparams_from(learning_rate, groups)
+    drives = _drives(learning_rate, state_dict["param_groups"])
 
-    # Leaves that differ only in learning rate, or in whether they decay, share one.
-    kinds = {
-        path: _Kind(
-            _make_options(parameter.group, decoupled, "b1" in scheduled),
-            step_count(path, parameter, problems),
-        )
-        for path, parameter in table.items()
-    }
-    problems.raise_if_any()
     decays = {
         path: float(parameter.group["weight_decay"])
         for path, parameter in table.items()
     }
-    for kind in set(kinds.values()):
-        paths = [path for path in table if kinds[path] == kind]
-        if len({decays[path] for path in paths} - {0.0}) > 1:
-            if "weight_decay" in scheduled:
-                raise ValueError(
-                    "learning_rate must be phases without weight_decay, which differs "
-                    "between the groups"
-                )
-            if _has_no_momentum(kind.options, scheduled):
-                continue
-            for path in paths:
-                kinds[path] = kind._replace(weight_decay=decays[path])
+    kinds = _make_kinds(table, drives, decays, decoupled, problems)
     labels = {kind: str(i) for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     by_label, rates = {}, {}
     for kind, label in labels.items():
         paths = [path for path in table if kinds[path] == kind]
         first = next(g for g in groups if any(table[p].group is g for p in paths))
-        ratio = rate_ratio(first, groups[0])
-        values = dict(scheduled)
+        drive = drives[id(first)]
+        values = dict(drive.values)
         if learning_rate is None:
             values["learning_rate"] = float(first["lr"])
-        elif ratio != 1:
-            values["learning_rate"] = _scale(scheduled["learning_rate"], ratio)
+        elif drive.ratio != 1:
+            values["learning_rate"] = _scale(values["learning_rate"], drive.ratio)
         if isinstance(kind.options, _SgdOptions) and kind.options.dampened:
             _check_buffers(table, paths)
         by_label[label] = _build(
@@ -169,7 +156,8 @@ def optimizer_from_torch_state_dict(
             bias_correction,
         )
         for path in paths:
-            rates[path] = rate_ratio(table[path].group, first)
+            group = table[path].group
+            rates[path] = 1.0 if drive.own else rate_ratio(group, first)
 
     def by_path(values):
         # Also for a None gradient, whose parameter has a label.
@@ -200,65 +188,10 @@ def optimizer_from_torch_state_dict(
         rename=rename,
         layout=layout,
         step=step,
-        b1=scheduled.get("b1"),
-        b2=scheduled.get("b2"),
+        b1=_common_beta("b1", drives, kinds, bias_correction),
+        b2=_common_beta("b2", drives, kinds, bias_correction),
     )
     return tx, state
-
-
-def phases_from_torch_scheduler(
-    scheduler_state_dict: Mapping[str, Any],
-    param_groups: Sequence[Mapping[str, Any]],
-) -> Phases:
-    """Reads the :class:`Phases` of the first group from the state of a `OneCycleLR`.
-
-    Other schedulers store functions, or not enough to rebuild their schedule: build it
-    yourself.
-
-    Args:
-        scheduler_state_dict: `scheduler.state_dict()`. Its `last_epoch` is the `step`
-            of :func:`from_torch_state_dict`, if the scheduler was stepped once per
-            update.
-        param_groups: `optimizer.state_dict()["param_groups"]`, where the scheduler
-            stores its rates and momenta.
-
-    Returns:
-        The phases of :func:`one_cycle_torch`.
-
-    Raises:
-        ValueError: the state is that of another scheduler.
-
-    Example:
-        >>> scheduler = {"total_steps": 97, "_anneal_func_type": "cos",
-        ...              "cycle_momentum": True,
-        ...              "_schedule_phases": [{"end_step": 28.1}, {"end_step": 96}]}
-        >>> group = {"initial_lr": 4e-4, "max_lr": 1e-2, "min_lr": 4e-8,
-        ...          "max_momentum": 0.95, "base_momentum": 0.85}
-        >>> phases = phases_from_torch_scheduler(scheduler, [group])
-        >>> [f"{phases.at(k)['learning_rate']:.6f}" for k in (0, 28, 96)]
-        ['0.000400', '0.010000', '0.000000']
-    """
-    group, torch_phases = param_groups[0], scheduler_state_dict.get("_schedule_phases")
-    if torch_phases is None or "max_lr" not in group:
-        raise ValueError(
-            "scheduler_state_dict must be that of a OneCycleLR, and param_groups those "
-            f"that it drives, got {', '.join(map(str, scheduler_state_dict))}"
-        )
-    total = scheduler_state_dict["total_steps"]
-    cycled = scheduler_state_dict["cycle_momentum"]
-    momenta = ("base_momentum", "max_momentum") if cycled else ()
-    rates = {name: float(group[name]) for name in ("initial_lr", "max_lr", "min_lr")}
-    return one_cycle_torch(
-        rates["max_lr"],
-        total,
-        pct_start=(torch_phases[0]["end_step"] + 1) / total,
-        anneal_strategy=scheduler_state_dict["_anneal_func_type"],
-        cycle_momentum=cycled,
-        div_factor=rates["max_lr"] / rates["initial_lr"],
-        final_div_factor=rates["initial_lr"] / rates["min_lr"],
-        three_phase=len(torch_phases) == 3,
-        **{name: float(group[name]) for name in momenta},
-    )
 
 
 # ---------------------------------------------------------------------------
@@ -291,7 +224,126 @@ class _Kind(NamedTuple):
 
     options: _AdamOptions | _SgdOptions
     count: int
+    drive: int  # the number of a `_Drive`; -1 for the rate 0
     weight_decay: float | None = None  # set if leaves with these options differ in it
+
+
+class _Drive(NamedTuple):
+    """What drives a group. Groups with the same number can share one optimizer."""
+
+    number: int
+    values: dict[str, Any]  # each a number or a schedule, that of the first group
+    ratio: float  # of the learning rate to it
+    own: bool = False  # the values are those of this group
+
+
+def _make_kinds(
+    table: dict[str, Parameter],
+    drives: dict[int, _Drive],
+    decays: dict[str, float],
+    decoupled: bool | None,
+    problems: Problems,
+) -> dict[str, _Kind]:
+    """The kind of each leaf.
+
+    Leaves that differ only in learning rate, or in whether they decay, share one.
+    """
+    kinds = {}
+    for path, parameter in table.items():
+        drive = drives[id(parameter.group)]
+        kinds[path] = _Kind(
+            _make_options(parameter.group, decoupled, "b1" in drive.values),
+            step_count(path, parameter, problems),
+            drive.number,
+        )
+    problems.raise_if_any()
+    for kind in set(kinds.values()):
+        paths = [path for path in table if kinds[path] == kind]
+        still = [path for path in paths if drives[id(table[path].group)].ratio == 0]
+        if paths[0] in still and still != paths:
+            # The rates of the others have no ratio to that of the first group.
+            for path in still:
+                kinds[path] = kind._replace(drive=-1)
+    for kind in set(kinds.values()):
+        paths = [path for path in table if kinds[path] == kind]
+        if len({decays[path] for path in paths} - {0.0}) > 1:
+            values = drives[id(table[paths[0]].group)].values
+            if "weight_decay" in values:
+                raise ValueError(
+                    "learning_rate must be phases without weight_decay, which differs "
+                    "between the groups"
+                )
+            if _has_no_momentum(kind.options, values):
+                continue
+            for path in paths:
+                kinds[path] = kind._replace(weight_decay=decays[path])
+    return kinds
+
+
+def _drives(
+    learning_rate: Any, groups: Sequence[Mapping[str, Any]]
+) -> dict[int, _Drive]:
+    """By id of a group with parameters, what drives it."""
+    trained = [group for group in groups if len(group["params"])]
+    if not isinstance(learning_rate, Sequence):
+        values = _hyperparams_from(learning_rate, trained)
+        first = trained[first_learning(trained)]
+        return {
+            id(group): _Drive(0, values, rate_ratio(group, first)) for group in trained
+        }
+    if len(learning_rate) != len(groups):
+        raise ValueError(
+            "learning_rate must be one for all groups or one for each of the "
+            f"{len(groups)}, got {len(learning_rate)}"
+        )
+    distinct: list[tuple[Any, list[Mapping[str, Any]]]] = []
+    for group, rate in zip(groups, learning_rate, strict=True):
+        if not len(group["params"]):
+            continue
+        sharing = next((x[1] for x in distinct if _is_same(x[0], rate)), None)
+        if sharing is None:
+            distinct.append((rate, sharing := []))
+        sharing.append(group)
+    drives = {}
+    for number, (rate, sharing) in enumerate(distinct):
+        if rate is None:
+            raise ValueError("learning_rate must not be None for some of the groups")
+        values = _hyperparams_from(rate, sharing)
+        drives |= {
+            id(group): _Drive(number, values, 1.0, own=True) for group in sharing
+        }
+    return drives
+
+
+def _is_same(rate: Any, other: Any) -> bool:
+    data = (int, float, Phases)
+    return rate is other or (
+        isinstance(rate, data) and isinstance(other, data) and rate == other
+    )
+
+
+def _common_beta(
+    name: str,
+    drives: dict[int, _Drive],
+    kinds: dict[str, _Kind],
+    bias_correction: BiasCorrection,
+) -> Any:
+    """The beta that was driven so far; None if none was.
+
+    Only the exact correction needs it, and the state has one count for all groups.
+    """
+    betas = [drive.values[name] for drive in drives.values() if name in drive.values]
+    if not betas or bias_correction != "exact":
+        return None
+    steps = np.arange(max(kind.count for kind in kinds.values()))
+    if len(betas) < len(drives) or any(
+        not np.array_equal(beta(steps), betas[0](steps)) for beta in betas
+    ):
+        raise ValueError(
+            f"bias_correction must be 'torch', because the phases of the groups differ "
+            f"in {name}"
+        )
+    return betas[0]
 
 
 def _hyperparams_from(
@@ -313,14 +365,22 @@ def _hyperparams_from(
             "learning_rate was set to phases that do not set it; they set "
             f"{', '.join(learning_rate.names)}"
         )
+    keys = ("base_momentum", "max_momentum")  # of a scheduler that cycles it
     momenta = {
-        float(group["momentum"]) if is_sgd(group) else get_betas(group)[0]
+        (
+            float(group["momentum"]) if is_sgd(group) else get_betas(group)[0],
+            *(float(group[key]) for key in keys if key in group),
+        )
         for group in groups
     }
     if "b1" in schedules and len(momenta) > 1:
+        values = ", ".join(
+            f"{now} ({' to '.join(map(str, ends))})" if ends else str(now)
+            for now, *ends in sorted(momenta)
+        )
         raise ValueError(
             "learning_rate must be phases without b1, which differs between the "
-            f"groups: {', '.join(map(str, sorted(momenta)))}"
+            f"groups: {values}"
         )
     return schedules
 

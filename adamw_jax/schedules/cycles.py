@@ -254,16 +254,25 @@ def one_cycle_torch(
             "pct_start * total_steps must not be 1, which leaves the first phase "
             f"without a length: got {pct_start!r} * {total_steps!r}"
         )
-    # In a very short run a phase of PyTorch can end before step 0; then only its end
-    # matters, where the next phase begins.
+    driven = []
+    for lr0, lr1, b0, b1 in ramps:
+        driven.append({"learning_rate": (lr0, lr1, kind)})
+        if cycle_momentum:
+            driven[-1]["b1"] = (b0, b1, kind)
+    return phases_until(ends, driven)
+
+
+def phases_until(ends: Sequence[float], ramps: Sequence[dict[str, Any]]) -> Phases:
+    """The phases of PyTorch's `OneCycleLR`, from where each ends and what it does.
+
+    In a very short run a phase can end before step 0; then only its end matters, where
+    the next phase begins.
+    """
     phases, previous, begin = [], 0.0, 0.0
-    for end, (lr0, lr1, b0, b1) in zip(ends, ramps, strict=True):
+    for end, ramp in zip(ends, ramps, strict=True):
         if end < 0:
             previous = begin = end
             continue
-        ramp = {"learning_rate": (lr0, lr1, kind)}
-        if cycle_momentum:
-            ramp["b1"] = (b0, b1, kind)
         phases.append(Phase(steps=end - previous, **ramp))
         previous = end
     return Phases(tuple(phases), rule="torch", begin=begin)

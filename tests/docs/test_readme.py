@@ -109,6 +109,9 @@ def test_code_blocks(page, lenient, monkeypatch):
     checkpoint = {
         "model": dict(named),
         "optimizer": torch.optim.AdamW(named).state_dict(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(
+            torch.optim.AdamW(named), 30
+        ).state_dict(),
     }
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: checkpoint)
     names = {"params": tree, "grads": tree, "aj": aj, "optax": optax, "jax": jax}

@@ -1219,31 +1219,6 @@ def test_an_override_survives():
     assert dumped["param_groups"][0]["lr"] == 0.125
 
 
-@pytest.mark.parametrize("three_phase", [False, True])
-@pytest.mark.parametrize("anneal", ["cos", "linear"])
-@pytest.mark.parametrize("total", matrix([7, 30, 97], quick=[7, 30]))
-def test_phases_from_a_scheduler(total, anneal, three_phase):
-    opt = torch.optim.AdamW([torch.zeros(1)], LR)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        opt,
-        0.3,
-        total,
-        anneal_strategy=anneal,
-        three_phase=three_phase,
-        pct_start=1 / 3,
-    )
-    phases = aj.phases_from_torch_scheduler(
-        scheduler.state_dict(), opt.state_dict()["param_groups"]
-    )
-    for step in range(total):
-        ours, (group,) = phases.at(step), opt.param_groups
-        assert ours["learning_rate"] == pytest.approx(group["lr"], rel=1e-11, abs=1e-15)
-        assert ours["b1"] == pytest.approx(group["betas"][0], rel=1e-12)
-        opt.step()
-        if step < total - 1:
-            scheduler.step()
-
-
 # ---------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------
@@ -1369,11 +1344,6 @@ REFUSED = {
         names=["v", "w"],
         learning_rate=aj.one_cycle(1.0, steps=10),
     ),
-    "the learning rate 0, another 1": lambda: aj.optimizer_from_torch_state_dict(
-        two_groups("lr", 0.0, 1.0),
-        {"v": jnp.zeros(2), "w": jnp.zeros(2)},
-        names=["v", "w"],
-    ),
     "learning_rate must be given": lambda: aj.optimizer_from_torch_state_dict(
         of_group(initial_lr=1.0), {"w": jnp.zeros(2)}, names=["w"]
     ),
@@ -1382,9 +1352,6 @@ REFUSED = {
         {"w": jnp.zeros(2)},
         names=["w"],
         learning_rate=aj.Phases((aj.Phase(steps=3, b1=0.5),)),
-    ),
-    "that of a OneCycleLR": lambda: aj.phases_from_torch_scheduler(
-        {"T_max": 3}, one(["w"])["param_groups"]
     ),
 }  # fmt: skip
 
