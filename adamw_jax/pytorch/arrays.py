@@ -67,15 +67,11 @@ def _local(x: Any) -> Any:
     try:
         return x.full_tensor()
     except Exception as error:  # without a process group, several kinds
+        part = f"{tuple(local.shape)} of {tuple(x.shape)}"
+        part = part if local.shape != x.shape else "a partial sum"
         raise ValueError(
-            f"is a DTensor, of which this process has {_shape(local)} of {_shape(x)}: "
-            "save its full_tensor(), or the dict of torch.distributed.checkpoint."
-            "state_dict with StateDictOptions(full_state_dict=True)"
+            f"is a DTensor, of which this process has {part}: save its full_tensor()"
         ) from error
-
-
-def _shape(x: Any) -> str:
-    return str(tuple(x.shape))
 
 
 def address(x: Any) -> Any:
@@ -83,9 +79,9 @@ def address(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return x.size and (x.__array_interface__["data"][0], x.shape, x.strides) or None
     try:
-        x = _local(x)
+        x = x.to_local() if hasattr(x, "placements") else x
         return x.data_ptr() and (x.data_ptr(), x.shape, x.stride()) or None
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+    except (AttributeError, NotImplementedError, RuntimeError):
         return None  # a tensor without memory
 
 

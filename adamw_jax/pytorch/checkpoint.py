@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def check_network_state_dict(state_dict: Any) -> None:
     if _is_network(state_dict):
         return
     raise ValueError(
-        "state_dict must be net.state_dict(), a dict from name to tensor, got "
+        "state_dict must be a dict from name to tensor, got "
         + _describe(state_dict, _is_network, "net.state_dict()")
     )
 
@@ -123,8 +123,7 @@ def as_optimizer_state_dict(state_dict: Any) -> Mapping[str, Any]:
     if _is_flat(state_dict):
         return _unflatten(state_dict)
     raise ValueError(
-        "state_dict must be optimizer.state_dict(), a dict with state and "
-        "param_groups, got "
+        "state_dict must be a dict with state and param_groups, got "
         + _describe(state_dict, _is_optimizer, "optimizer.state_dict()")
     )
 
@@ -181,39 +180,62 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def _describe(x: Any, is_wanted: Any, wanted: str) -> str:
+def _describe(x: Any, is_wanted: Callable[[Any], bool], wanted: str) -> str:
     """What x is, and which part of it, or what else, is wanted."""
-    kind = type(x).__name__
-    if hasattr(x, "state_dict"):
-        what = "network" if hasattr(x, "named_parameters") else "optimizer"
-        what = what if what == "network" or hasattr(x, "param_groups") else "object"
-        return f"the {what} itself, a {kind}: pass {wanted}"
+    if x is None:
+        return f"None: pass {wanted}"
+    if hasattr(x, "named_parameters"):
+        return f"the network itself ({_kind(x)}): pass {wanted}"
+    if hasattr(x, "param_groups"):
+        return f"the optimizer itself ({_kind(x)}): pass {wanted}"
     if isinstance(x, str | os.PathLike):
         return f"the path {x}: pass what load_torch_checkpoint reads from it"
     if isinstance(x, Mapping | list | tuple):
         if parts := [place for place, part in _parts(x) if is_wanted(part)]:
-            whole = "a whole checkpoint" if isinstance(x, Mapping) else f"a {kind}"
-            return f"{whole}{_content(x)}: pass its {' or '.join(parts[:4])}"
+            is_dict = isinstance(x, Mapping)
+            whole = f"a whole checkpoint ({_keys(x)})" if is_dict else f"a {_kind(x)}"
+            return f"{whole}: pass its {' or '.join(parts[:4])}"
     if isinstance(x, Mapping):
-        if _is_network(x):
-            return f"that of a network{_content(x)}: pass {wanted}"
-        if _is_optimizer(x):
-            return f"that of an optimizer{_content(x)}: pass {wanted}"
-        if "hypers" in x and "state" in x:
-            return (
-                "that of fastai's own Optimizer, which does not say which parameters "
-                f"its groups have{_content(x)}"
-            )
-        return f"a dict{_content(x)}"
+        return _describe_dict(x, wanted)
     if isinstance(x, Iterator):
-        return f"a {kind}, as net.named_parameters() is: pass {wanted}"
+        return f"a {_kind(x)}, as net.named_parameters() is: pass {wanted}"
     if isinstance(x, list | tuple):
-        pairs = [isinstance(y, tuple) and len(y) == 2 and _is_array(y[1]) for y in x]
-        if x and all(pairs):
+        if x and all(isinstance(y, tuple) and len(y) == 2 for y in x):
             return f"pairs, as net.named_parameters() has: pass {wanted}"
-        inside = sorted({type(y).__name__ for y in x})
-        return f"a {kind} of {len(x)} {' or '.join(inside)}: pass {wanted}"
-    return "None" if x is None else f"a {kind}"
+        kinds = " or ".join(sorted({_kind(y) for y in x}))
+        return f"a {_kind(x)} of {len(x)} {kinds}: pass {wanted}"
+    return f"an object of class {_kind(x)}: pass {wanted}"
+
+
+def _describe_dict(x: Mapping, wanted: str) -> str:
+    if not x:
+        return f"an empty dict: pass {wanted}"
+    if _is_network(x):
+        return f"a network's state dict ({_keys(x)}): pass {wanted}"
+    if _is_optimizer(x) or _is_flat(x):
+        return f"an optimizer's state dict ({_keys(x)}): pass {wanted}"
+    if any(isinstance(part, Mapping) and "hypers" in part for part in (x, *x.values())):
+        return (
+            "the state of fastai's own Optimizer, which does not store its groups: make"
+            " a dict as PyTorch's of it (exp_avg is its grad_avg, exp_avg_sq its "
+            "sqr_avg)"
+        )
+    others = {key: value for key, value in x.items() if not _is_array(value)}
+    if 2 * len(others) <= len(x):
+        others = {key: f"of class {_kind(value)}" for key, value in others.items()}
+        others |= {key: "no name" for key in x if not isinstance(key, str)}
+        listed = [f"{key!r} is {what}" for key, what in list(others.items())[:6]]
+        return f"a dict in which {', '.join(listed)}: delete what is no tensor"
+    return f"a dict of other things ({_keys(x)}): pass {wanted}"
+
+
+def _kind(x: Any) -> str:
+    return type(x).__name__
+
+
+def _keys(x: Any) -> str:
+    more = ", ..." if len(x) > 6 else ""
+    return ", ".join(map(str, list(x)[:6])) + more
 
 
 def _parts(x: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, Any]]:
@@ -224,18 +246,3 @@ def _parts(x: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, Any]]
         items = x.items() if isinstance(x, Mapping) else enumerate(x)
         for key, value in items:
             yield from _parts(value, f"{place}[{key!r}]", depth - 1)
-
-
-def _content(x: Any) -> str:
-    if not isinstance(x, Mapping):
-        return f" of {len(x)}"
-    if not x:
-        return " that is empty"
-    others = [key for key, value in x.items() if not _is_array(value)]
-    if len(others) < len(x) and not any(isinstance(x[k], Mapping) for k in others):
-        keys = [f"{key!r}, a {type(x[key]).__name__}" for key in others]
-        keys = keys or [repr(key) for key in x]
-    else:
-        keys = [str(key) for key in x]
-    more = ", ..." if len(keys) > 6 else ""
-    return f" with {', '.join(keys[:6])}{more}"

@@ -98,6 +98,8 @@ def _names_in_order(
             "net.named_parameters()]"
         )
     if len(names) != len(numbers):
+        names = list(filter(_is_no_buffer, names))
+    if len(names) != len(numbers):
         raise ValueError(
             f"{expected} {len(names)}; buffers and tied copies, which net.state_dict() "
             "has, are no parameters"
@@ -108,11 +110,12 @@ def _names_in_order(
 def _parameter_names(state_dict: Mapping[str, Any]) -> list[str]:
     """Names of parameters, without batch norm's buffers and copies of tied weights."""
     tied = find_tied(state_dict, {})
-    return [
-        name
-        for name in state_dict
-        if name not in tied and name.rpartition(".")[2] not in _BUFFERS
-    ]
+    return [name for name in state_dict if name not in tied and _is_no_buffer(name)]
+
+
+def _is_no_buffer(name: str) -> bool:
+    """Batch norm's are known by name."""
+    return name.rpartition(".")[2] not in _BUFFERS
 
 
 # ---------------------------------------------------------------------------
@@ -256,31 +259,33 @@ def _hints(missing: list[str], rename: Rename, leaves: set[str]) -> Iterator[str
     for leaf in leaves:
         parts = leaf.split("/")
         for i in range(1, len(parts)):
-            ends["/".join(parts[i:])].append("/".join(parts[:i]) + "/")
+            end = _without_layers("/".join(parts[i:]))
+            ends[end].append("/".join(parts[:i]) + "/")
     for name in missing:
         parts = name.split(".")
         for i in range(1, len(parts)):
             _, matches = find(_renamed(rename, name, ".".join(parts[i:])))
             dropped[".".join(parts[:i]) + "."] += len(matches) == 1
         candidates, _ = find(_renamed(rename, name, name))
-        added.update({prefix for path in candidates for prefix in ends.get(path, ())})
+        plain = map(_without_layers, candidates)
+        added.update({prefix for path in plain for prefix in ends.get(path, ())})
     most = max(dropped.values(), default=0)
     if most and 2 * most >= len(leaves):
         prefixes = [prefix for prefix, count in dropped.items() if count == most][:3]
-        shared = all(name.startswith(prefixes[0]) for name in missing)
-        yield (
-            f"Names fit after {' or after '.join(map(repr, prefixes))} ({most} of "
-            f"{len(leaves)} leaves): pass "
-            + (
-                f"rename=lambda name: name.removeprefix({prefixes[0]!r})"
-                if shared
-                else "{name.removeprefix(p): x for name, x in state_dict.items() if "
+        if all(name.startswith(prefixes[0]) for name in missing):
+            way = f"rename=lambda name: name.removeprefix({prefixes[0]!r})"
+        else:
+            way = (
+                "{name.removeprefix(p): x for name, x in state_dict.items() if "
                 f"name.startswith(p)}} with p = {prefixes[0]!r}"
             )
+        yield (
+            f"The names fit without {', or without '.join(map(repr, prefixes))} ({most}"
+            f" of {len(leaves)} leaves): pass {way}"
         )
     for prefix, count in added.most_common(1):
         if 2 * count >= len(missing):
             yield (
-                f"Names fit after {prefix!r} is put before them ({count} of "
+                f"The names fit with {prefix!r} before them ({count} of "
                 f"{len(missing)}): pass rename=lambda name: {prefix!r} + name"
             )

@@ -19,6 +19,7 @@ from ..transforms.chain import chain
 from ..transforms.decay import add_l2_gradient
 from ..transforms.groups import freeze_leaves, scale_by_group
 from ..transforms.scaling import scale_by_learning_rate
+from .checkpoint import as_optimizer_state_dict
 from .names import (
     Layout,
     Parameter,
@@ -116,6 +117,7 @@ def optimizer_from_torch_state_dict(
         >>> print(f"{updates['scale'][0]:.6f}")
         -0.000167
     """
+    state_dict = as_optimizer_state_dict(state_dict)
     problems = Problems("PyTorch's optimizer state does not fit:")
     table = torch_parameters(state_dict, params, names, rename, problems)
     problems.raise_if_any()

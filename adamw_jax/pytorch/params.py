@@ -194,7 +194,9 @@ def _fill(
         # Strict, the misfit raises anyway.
         if path in skipped or misfits is not problems:
             if isinstance(old, jax.ShapeDtypeStruct):
-                problems.add(f"leaf {path}", "is not read, and params has no array")
+                problems.add(
+                    f"leaf {path}", "is not read, and params has its shape alone"
+                )
         return old
 
     filled = jax.tree_util.tree_map_with_path(fill, params)
@@ -228,13 +230,16 @@ def _equal_tensor(
     name: str, tensors: Mapping[str, Any], found: Iterable[str]
 ) -> str | None:
     """The first name with a leaf and with the same values, which vectors often have."""
-    x = tensors[name]
-    if len(x.shape) < 2:
+    shape = getattr(tensors[name], "shape", ())
+    if len(shape) < 2:
         return None
     for other in found:
-        y = tensors[other]
-        if y.shape == x.shape and np.array_equal(to_array(x), to_array(y)):
-            return other
+        if tensors[other].shape == shape:
+            try:
+                if np.array_equal(to_array(tensors[name]), to_array(tensors[other])):
+                    return other
+            except ValueError:  # a tensor without all its values
+                return None
     return None
 
 
@@ -250,8 +255,8 @@ def _skipped(patterns: Patterns, names: Sequence[str]) -> set[str]:
             ) from error
         if not matches:
             raise ValueError(
-                f"skip has {pattern!r}, which matches no name and no leaf; they are "
-                + ", ".join(names)
+                f"skip has {pattern!r}, which matches no name and no leaf of "
+                + ", ".join([*names[:20], *["..."] * (len(names) > 20)])
             )
         skipped |= matches
     return skipped

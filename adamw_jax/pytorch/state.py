@@ -339,8 +339,12 @@ def to_torch_state_dict(
     trained = trained_groups(following, params, table, labels)
     updated = [update_group(group, trained, problems) for group in groups]
     problems.raise_if_any()
-    by_number = {table[path].number: entry for path, entry in entries.items() if entry}
-    return {"state": dict(sorted(by_number.items())), "param_groups": updated}
+    states = {
+        parameter.number: entries[path]
+        for path, parameter in table.items()
+        if entries.get(path)
+    }
+    return {"state": states, "param_groups": updated}
 
 
 # ---------------------------------------------------------------------------

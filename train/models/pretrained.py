@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import adamw_jax as aj
 from train.models.resnet import LAYERS, Bottleneck
 
 TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -16,8 +17,8 @@ TORCH_NAMES |= {"mean": "running_mean", "var": "running_var"}
 # Keys under which training scripts store the network; averaged weights first.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # Prefixes of DistributedDataParallel, torch.compile and Lightning.
-PREFIXES = ("module.", "_orig_mod.", "model.")
-PICKLED = (".pth", ".pth.tar", ".pt", ".bin")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+PICKLED = (".pth", ".pth.tar", ".tar", ".ckpt", ".pt", ".bin")
 
 
 # ---------------------------------------------------------------------------
@@ -46,11 +47,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
     tensors, metadata = reader(path)
     tensors.pop("n_averaged", None)  # counts the models in PyTorch's average
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
     if not tensors:
         raise ValueError(f"{path}: contains no tensors")
+    while shared := [
+        p for p in PREFIXES if all(name.startswith(p) for name in tensors)
+    ]:
+        tensors = {name.removeprefix(shared[0]): x for name, x in tensors.items()}
     return tensors, metadata
 
 
@@ -77,13 +79,7 @@ def _read_pickled(path):
             f"{path}: reading this format needs PyTorch, which is not installed; "
             "a .safetensors file does not need it"
         ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise ValueError(
-            f"{path}: damaged, or contains objects other than tensors, whose code "
-            f"would have to run ({type(error).__name__})"
-        ) from error
+    content = aj.load_torch_checkpoint(path)
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
