@@ -191,7 +191,7 @@ def _describe(x: Any, is_wanted: Callable[[Any], bool], wanted: str) -> str:
     if isinstance(x, str | os.PathLike):
         return f"the path {x}: pass what load_torch_checkpoint reads from it"
     if isinstance(x, Mapping | list | tuple):
-        if parts := [place for place, part in _parts(x) if is_wanted(part)]:
+        if parts := _places([part for part in _parts(x) if is_wanted(part[1])]):
             is_dict = isinstance(x, Mapping)
             whole = f"a whole checkpoint ({_keys(x)})" if is_dict else f"a {_kind(x)}"
             return f"{whole}: pass its {' or '.join(parts[:4])}"
@@ -236,6 +236,12 @@ def _kind(x: Any) -> str:
 def _keys(x: Any) -> str:
     more = ", ..." if len(x) > 6 else ""
     return ", ".join(map(str, list(x)[:6])) + more
+
+
+def _places(parts: list[tuple[str, Any]]) -> list[str]:
+    """The keys of the large ones; a few tensors may be a best score or a center."""
+    largest = max((len(part) for _, part in parts), default=0)
+    return [place for place, part in parts if 2 * len(part) >= largest]
 
 
 def _parts(x: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, Any]]:

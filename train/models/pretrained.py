@@ -1,5 +1,6 @@
 """Reads and writes the weights of `train.models.resnet` under torchvision's names."""
 
+import collections
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -233,6 +234,15 @@ def _hint(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     if "conv1.0.weight" in found:
         return ["The file's network starts with three convolutions, this one with one"]
     file, network = _architecture(found), _architecture(expected)
+    prefixes = collections.Counter(
+        name.removesuffix(end)
+        for name in found
+        for end in expected
+        if f".{end}" in name
+    )
+    for prefix, count in prefixes.most_common(1):
+        if 2 * count > len(expected):  # one of several networks, as MoCo's encoder_q
+            return [f"Its names fit after {prefix!r}: save a file of those alone"]
     if file is None:
         return ["The file's names are not those of a ResNet of torchvision"]
     if file != network:
