@@ -238,7 +238,7 @@ def _hint(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
         name.removesuffix(end)
         for name in found
         for end in expected
-        if f".{end}" in name
+        if name.endswith(f".{end}")
     )
     for prefix, count in prefixes.most_common(1):
         if 2 * count > len(expected):  # one of several networks, as MoCo's encoder_q

@@ -396,7 +396,11 @@ def test_hint_at_another_network(architecture, width, hint, shapes):
 def test_other_hints(tensors, shapes):
     deep = {"conv1.0.weight": tensors.pop("conv1.weight")} | tensors
     assert "starts with three convolutions" in problems(deep, shapes)[-1]
-    other = {"encoder." + name: x for name, x in deep.items()}
+    moco = {"encoder_q." + name: x for name, x in tensors.items()}
+    hint = "Its names fit after 'encoder_q.': save a file of those alone"
+    assert problems(moco | deep, shapes)[-1].startswith("The file's network starts")
+    assert problems(moco, shapes)[-1] == hint
+    other = {name.replace("layer", "stage"): x for name, x in tensors.items()}
     assert "are not those of a ResNet of torchvision" in problems(other, shapes)[-1]
     wide = tensors | {"conv1.weight": deep["conv1.0.weight"]}
     wide["layer1.0.conv1.weight"] = np.ones((4, 2, 3, 3), np.float32)
