@@ -42,8 +42,15 @@ def load_torch_checkpoint(path: str | os.PathLike) -> Any:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
 
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path}: is a folder; one of torch.distributed.checkpoint becomes a file "
+            "by its format_utils.dcp_to_torch_save"
+        )
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    if str(path).endswith(".safetensors"):
+        raise ValueError(f"{path}: use safetensors.numpy.load_file for this format")
     try:
         try:
             return load()

@@ -55,6 +55,12 @@ def torch_parameters(
     state_dict = as_optimizer_state_dict(state_dict)
     groups, states = state_dict["param_groups"], state_dict["state"]
     for group in groups:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(
+                "param_groups must be a list of dicts with params, those of "
+                "optimizer.state_dict(), got "
+                + (", ".join(map(str, group)) if group else f"{group!r}")
+            )
         check_group(group)
     numbers = [(n, group) for group in groups for n in group["params"]]
     names = _names_in_order(names, groups, [number for number, _ in numbers])
@@ -101,8 +107,9 @@ def _names_in_order(
         names = list(filter(_is_no_buffer, names))
     if len(names) != len(numbers):
         raise ValueError(
-            f"{expected} {len(names)}; buffers and tied copies, which net.state_dict() "
-            "has, are no parameters"
+            f"{expected} {len(names)}: pass [name for name, _ in "
+            "net.named_parameters()], without those that the optimizer was not given; "
+            "net.state_dict() may have other buffers than batch norm's"
         )
     return names
 

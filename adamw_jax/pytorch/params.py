@@ -20,7 +20,7 @@ from .checkpoint import check_network_state_dict
 from .names import Rename, find_leaves, find_tied, is_counter, leaf_paths
 from .problems import Problems
 
-Patterns = str | Sequence[str]
+Patterns = str | Sequence[str] | None
 
 
 class PartialParams(NamedTuple):
@@ -43,9 +43,9 @@ def params_from_torch_state_dict(
     *,
     rename: Rename = None,
     layout: Layout = flax_layout,
-    skip: Patterns = (),
+    skip: Patterns = None,
 ) -> Any:
-    r"""Converts `net.state_dict()` to a tree of parameters and batch statistics.
+    """Converts `net.state_dict()` to a tree of parameters and batch statistics.
 
     Leaves are found as by :func:`from_torch_state_dict`. PyTorch's `running_mean` and
     `running_var` match leaves named `mean` and `var`. Left out without a word are only
@@ -60,9 +60,10 @@ def params_from_torch_state_dict(
         params: the tree to fill, of arrays or `ShapeDtypeStruct`.
         rename: from PyTorch's names to paths, as for :func:`from_torch_state_dict`.
         layout: converts arrays; the default knows Flax's kernels.
-        skip: regular expressions, searched for in PyTorch's names and in the paths of
-            leaves, of what to leave out: `skip=r"^fc\."` keeps another head as it is in
-            params. Each must match something.
+        skip: regular expressions of what to leave out, in PyTorch's names or in the
+            paths of leaves: `skip="fc"` keeps another head as it is in params. They
+            match whole parts, so that `"attn.bias"` leaves `c_attn.bias` alone, and
+            each must match something.
 
     Returns:
         A tree like params, whose arrays share no memory with the tensors.
@@ -96,7 +97,7 @@ def partial_params_from_torch_state_dict(
     *,
     rename: Rename = None,
     layout: Layout = flax_layout,
-    skip: Patterns = (),
+    skip: Patterns = None,
 ) -> PartialParams:
     """Fills the leaves that have a parameter of their shape, and says which have none.
 
@@ -244,22 +245,31 @@ def _equal_tensor(
 
 
 def _skipped(patterns: Patterns, names: Sequence[str]) -> set[str]:
-    """The names and paths that a pattern matches."""
+    """The names and paths of which a pattern matches one part or several."""
     skipped = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         try:
-            matches = {name for name in names if re.search(pattern, name)}
+            matches = {name for name in names if _matches_parts(pattern, name)}
         except re.error as error:
             raise ValueError(
                 f"skip has {pattern!r}, which is no regular expression: {error}"
             ) from error
         if not matches:
             raise ValueError(
-                f"skip has {pattern!r}, which matches no name and no leaf of "
-                + ", ".join([*names[:20], *["..."] * (len(names) > 20)])
+                f"skip has {pattern!r}, which matches no part of a name or a leaf; "
+                f"they are {', '.join([*names[:20], *['...'] * (len(names) > 20)])}"
             )
         skipped |= matches
     return skipped
+
+
+def _matches_parts(pattern: str, name: str) -> bool:
+    """Whether it matches between dots, slashes and ends: `a.b` not in `xa.b`."""
+    edges = {0, len(name)}
+    for separator in re.finditer("[./]", name):
+        edges |= {separator.start(), separator.end()}
+    spans = [match.span() for match in re.finditer(pattern, name)]
+    return any(start < end and {start, end} <= edges for start, end in spans)
 
 
 def params_to_torch_state_dict(
@@ -268,9 +278,9 @@ def params_to_torch_state_dict(
     *,
     rename: Rename = None,
     layout: Layout = flax_layout,
-    skip: Patterns = (),
+    skip: Patterns = None,
 ) -> dict[str, Any]:
-    r"""Makes the dict of tensors that `net.load_state_dict` accepts.
+    """Makes the dict of tensors that `net.load_state_dict` accepts.
 
     Args:
         params: the tree of parameters, with or without batch statistics.
@@ -281,7 +291,7 @@ def params_to_torch_state_dict(
         rename: from PyTorch's names to paths, as for :func:`from_torch_state_dict`.
         layout: converts arrays; the default knows Flax's kernels.
         skip: regular expressions, as for :func:`params_from_torch_state_dict`, of names
-            and leaves to leave out, such as buffers: `skip=r"attn\.mask$"`.
+            and leaves to leave out, such as buffers: `skip="attn.mask"`.
 
     Returns:
         A dict from name to tensor (needs PyTorch).
@@ -289,6 +299,11 @@ def params_to_torch_state_dict(
     Raises:
         ValueError: all mismatches in one message.
     """
+    if hasattr(names, "state_dict"):
+        raise ValueError(
+            f"names must be names, got the network itself ({type(names).__name__}): "
+            "pass net.state_dict()"
+        )
     problems = Problems("the parameters do not fit PyTorch's:")
     leaves = {
         path_string(path): leaf

@@ -97,7 +97,9 @@ def from_torch_state_dict(
         rename: from such a name to the path of the leaf, or to the name that PyTorch
             would give that leaf, as a function or a dict. Names that are not in a dict
             are used unchanged. Then `conv1.weight` matches `conv1/weight`,
-            `conv1/kernel`, `conv1/scale` or `conv1/embedding`.
+            `conv1/kernel`, `conv1/scale` or `conv1/embedding`, and `0.weight` also
+            `layers/0/kernel`. Prefixes are removed as by
+            :func:`params_from_torch_state_dict`, and rename gets what is left.
         layout: converts arrays. The default knows Flax's kernels.
         step: number of updates done, from which schedules continue. None: the highest
             count of PyTorch. SGD stores no count, so it needs this argument.
@@ -402,16 +404,15 @@ def _check_order(
         f"{path} {leaves[path]}"
     )
     if sorted(moments) == sorted(expected):
-        vectors_last = sorted(expected, key=lambda shape: len(shape) < 2)
+        order = ""
+        if moments == sorted(expected, key=lambda shape: len(shape) < 2):
+            order = (
+                "; they fit with the vectors last, as in groups with and without decay:"
+                " sorted(names, key=lambda name: net.get_parameter(name).ndim < 2)"
+            )
         raise ValueError(
             "names must be in the order of PyTorch's groups, the names of the first "
-            f"group first, which is another order: {where}"
-            + (
-                "; with the vectors after all others they fit, as in groups with and "
-                "without decay"
-                if moments == vectors_last
-                else ""
-            )
+            f"group first, which is another order: {where}{order}"
         )
     problems.hint(f"Are names in the order of PyTorch's groups? Now {where}")
 

@@ -10,6 +10,7 @@ import copy
 import pathlib
 import pickle
 import re
+import warnings
 from datetime import timedelta
 
 import jax.numpy as jnp
@@ -318,7 +319,10 @@ def test_other_classes_are_named(tmp_path):
 def test_files_that_are_none(tmp_path):
     missing = tmp_path / "missing.pt"
     assert message(aj.load_torch_checkpoint, missing) == f"{missing}: no such file"
-    assert message(aj.load_torch_checkpoint, tmp_path).endswith("no such file")
+    assert "by its format_utils.dcp_to" in message(aj.load_torch_checkpoint, tmp_path)
+    (tmp_path / "x.safetensors").touch()
+    text = message(aj.load_torch_checkpoint, tmp_path / "x.safetensors")
+    assert "use safetensors.numpy.load_file" in text
     path = tmp_path / "checkpoint.pt"
     torch.save({"x": torch.ones(300)}, path)
     damaged = [b"", b"hello world", path.read_bytes()[:-300]]
@@ -426,3 +430,39 @@ def test_groups_of_the_optimizer_itself():
     both = {"state": copy.copy(OPT.state), "param_groups": OPT.param_groups}
     with pytest.raises(ValueError, match=expected):
         aj.optimizer_from_torch_state_dict(both, params)
+
+
+def test_groups_without_parameters():
+    """As some libraries write them that shard states."""
+    groups = copy.deepcopy(OPT.state_dict()["param_groups"])
+    del groups[0]["params"]
+    for broken in (groups, [None]):
+        with pytest.raises(ValueError, match="must be a list of dicts with params"):
+            aj.optimizer_from_torch_state_dict(
+                {"state": {}, "param_groups": broken}, trainable()
+            )
+
+
+@pytest.mark.slow
+def test_a_folder_of_torch_distributed_checkpoint(lenient, tmp_path, run):
+    """The way that the error names."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import format_utils
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
+    net, opt, _ = run
+    model, optimizer = dcp_state.get_state_dict(net, opt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is one process only
+        content = {"model": model, "optim": optimizer}
+        dcp.save(content, checkpoint_id=tmp_path / "folder", no_dist=True)
+        format_utils.dcp_to_torch_save(tmp_path / "folder", tmp_path / "file.pt")
+    checkpoint = aj.load_torch_checkpoint(tmp_path / "file.pt")
+    params = aj.params_from_torch_state_dict(checkpoint["model"], empty())
+    np.testing.assert_array_equal(params["fc"]["bias"], net.fc.bias.detach())
+    _, state = aj.optimizer_from_torch_state_dict(
+        checkpoint["optim"], trainable(), learning_rate=1e-2
+    )
+    np.testing.assert_array_equal(
+        state.inner_state[0].nu["fc"]["bias"], opt.state[net.fc.bias]["exp_avg_sq"]
+    )

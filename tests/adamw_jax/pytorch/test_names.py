@@ -64,7 +64,7 @@ def test_a_prefix_that_some_names_have_is_not_removed():
         aj.params_from_torch_state_dict(weights, empty())
     assert "parameter model.conv.weight: there is no leaf" in str(error.value)
     assert "with p = 'model.'" in str(error.value)
-    params = aj.params_from_torch_state_dict(weights, empty(), skip="^loss")
+    params = aj.params_from_torch_state_dict(weights, empty(), skip="loss")
     assert_read(params)
 
 
@@ -283,7 +283,7 @@ def test_names_from_the_state_dict_of_the_network(lenient):
     assert_moments(mu_of(there, names=weights), there)
     saved = {name: x.detach() for name, x in weights.items()}
     assert_moments(mu_of(there, names=saved), there)
-    with pytest.raises(ValueError, match="got 5; buffers and tied copies, which"):
+    with pytest.raises(ValueError, match="got 5: pass .*named_parameters"):
         mu_of(there, names=list(weights))
 
 
@@ -380,7 +380,7 @@ def test_names_in_the_order_of_the_network(lenient):
     """The groups have the matrices first, as with and without decay."""
     _, there = trained(groups=True)
     order = ["fc.bias", "fc.weight", "norm.weight", "norm.bias"]
-    with pytest.raises(ValueError, match="with the vectors after all others they fit"):
+    with pytest.raises(ValueError, match="they fit with the vectors last"):
         mu_of(there, names=order)
 
 

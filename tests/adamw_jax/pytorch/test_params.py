@@ -48,7 +48,7 @@ def assert_old_head(params, head="head"):
 def test_another_head(classes):
     """Skipped by its name here, there, or both; of the same shape too."""
     net = Net()
-    for skip in (["^mask$", r"^head\."], ["^mask$", "^head/"], "mask|head"):
+    for skip in (["^mask$", r"^head\."], ["^mask$", "^head/"], "mask|head", "mask|h.*"):
         params = empty(classes)
         read = aj.params_from_torch_state_dict(net.state_dict(), params, skip=skip)
         assert_body(read, net)
@@ -80,11 +80,21 @@ def test_all_else_must_fit():
 
 
 def test_patterns_that_match_nothing():
-    for skip in ("Head", ["mask", "haed"]):
-        with pytest.raises(ValueError, match="skip has '(Head|haed)', which"):
+    for skip in ("ead", ["mask", "haed"], "head.weigh", "", "x*"):
+        with pytest.raises(ValueError, match="skip has '.*', which matches no part"):
             aj.params_from_torch_state_dict(Net().state_dict(), empty(), skip=skip)
     with pytest.raises(ValueError, match=r"skip has '\[', which is no regular"):
         aj.params_from_torch_state_dict(Net().state_dict(), empty(), skip="[")
+
+
+def test_patterns_match_whole_parts():
+    """GPT-2 has a mask `attn.bias` beside the bias `c_attn.bias`."""
+    leaf = {"c_attn": {"bias": jnp.zeros(2)}}
+    weights = {"h.0.attn.bias": np.ones((3, 3)), "h.0.attn.c_attn.bias": np.ones(2)}
+    params = {"h": {"0": {"attn": leaf}}}
+    for skip in ("attn.bias", r"attn\.bias", r"h\.0\.attn\.bias", r"\d.attn.bias$"):
+        read = aj.params_from_torch_state_dict(weights, params, skip=skip)
+        assert float(read["h"]["0"]["attn"]["c_attn"]["bias"].min()) == 1
 
 
 def test_skipped_leaves_need_values():
@@ -102,7 +112,7 @@ def test_what_is_no_tensor():
     """Modules of some libraries store bytes or None beside their parameters."""
     net = Net()
     weights = net.state_dict() | {"body._extra_state": None}
-    read = aj.params_from_torch_state_dict(weights, empty(), skip="mask|_extra_state$")
+    read = aj.params_from_torch_state_dict(weights, empty(), skip="mask|_extra_state")
     assert_body(read, net)
     with pytest.raises(ValueError, match=r"parameter body\._extra_state: there is no"):
         aj.params_from_torch_state_dict(weights, empty(), skip="mask")
@@ -247,6 +257,12 @@ def test_equal_values_are_not_tied():
     with pytest.raises(ValueError) as error:
         aj.params_from_torch_state_dict(weights, params)
     assert "equal" not in str(error.value)
+
+
+def test_the_network_in_place_of_names():
+    params = aj.params_from_torch_state_dict(Net().state_dict(), empty(), skip="mask")
+    with pytest.raises(ValueError, match=r"got the network itself \(Net\): pass net"):
+        aj.params_to_torch_state_dict(params, Net())
 
 
 def test_skipped_on_the_way_back():
