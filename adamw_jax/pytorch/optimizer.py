@@ -1,6 +1,6 @@
 """Optimizers and phases that continue from a PyTorch checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ def optimizer_from_torch_state_dict(
     learning_rate: ScalarOrSchedule | Phases | None = None,
     decoupled: bool | None = None,
     bias_correction: BiasCorrection = "torch",
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     rename: Rename = None,
     layout: Layout = flax_layout,
     step: int | None = None,

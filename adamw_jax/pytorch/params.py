@@ -102,9 +102,8 @@ def partial_params_from_torch_state_dict(
     """Fills the leaves that have a parameter of their shape, and says which have none.
 
     As `net.load_state_dict(..., strict=False)`, which returns the names too, except
-    that another shape does not raise. Look at what is returned: where nothing fits,
-    nothing is read. :func:`params_from_torch_state_dict` with `skip` is the safer way
-    if you know what differs.
+    that another shape does not raise. Look at what is returned. If you know what
+    differs, :func:`params_from_torch_state_dict` with `skip` is the safer way.
 
     Args:
         state_dict: from name to tensor or array.
@@ -119,8 +118,9 @@ def partial_params_from_torch_state_dict(
         were not used, with reasons.
 
     Raises:
-        ValueError: the values of a parameter do not fit: a dtype that would lose bits,
-            a layout that fails; or state_dict is something else.
+        ValueError: no leaf can be filled; or the values of a parameter do not fit: a
+            dtype that would lose bits, a layout that fails; or state_dict is something
+            else.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -131,13 +131,15 @@ def partial_params_from_torch_state_dict(
         [7. 7.] {'fc/kernel': 'fc.weight has shape (2, 5), expected (2, 3)'}
     """
     problems = Problems("PyTorch's parameters do not fit:")
-    misfits = Problems("")
+    misfits = Problems("PyTorch's parameters fit no leaf:")
     filled = _fill(state_dict, params, rename, layout, skip, problems, misfits)
     problems.raise_if_any()
     for location, reason in misfits.found:
         kind, _, name = location.partition(" ")
         table = filled.kept if kind == "leaf" else filled.unused
         table[name] = reason
+    if len(filled.kept) == len(leaf_paths(params)):
+        misfits.raise_if_any()
     return filled
 
 

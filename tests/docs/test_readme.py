@@ -107,9 +107,11 @@ def names(tmp_path, monkeypatch):
     """What the pages assume: a model's parameters and gradients, and a checkpoint."""
     tree = {"body": {"kernel": jnp.ones(2)}, "head": {"bias": jnp.ones(2)}}
     named = [("body.weight", torch.ones(2)), ("head.bias", torch.ones(2))]
+    optimizer = torch.optim.AdamW(named)
     checkpoint = {
         "model": dict(named),
-        "optimizer": torch.optim.AdamW(named).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 30).state_dict(),
     }
     monkeypatch.chdir(tmp_path)
     torch.save(checkpoint, "checkpoint.pt")

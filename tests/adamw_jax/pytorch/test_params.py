@@ -199,6 +199,19 @@ def test_values_must_fit():
         aj.partial_params_from_torch_state_dict({"w": np.ones(1)}, shapes)
 
 
+def test_nothing_fits():
+    """As with MoCo's two encoders: an error, with the way out."""
+    weights = Net().state_dict()
+    both = {f"{e}.{name}": x for e in ("query", "key") for name, x in weights.items()}
+    with pytest.raises(ValueError) as error:
+        aj.partial_params_from_torch_state_dict(both, empty())
+    lines = str(error.value).splitlines()
+    assert lines[0] == "PyTorch's parameters fit no leaf:"
+    assert "The names fit without 'query.', or without 'key.' (4 of 4" in lines[-1]
+    with pytest.raises(ValueError, match="fit no leaf"):
+        aj.partial_params_from_torch_state_dict(weights, empty(9), skip="body")
+
+
 # ---------------------------------------------------------------------------
 # tied weights
 # ---------------------------------------------------------------------------
