@@ -21,6 +21,7 @@ from .groups import step_count as step_count
 from .problems import Problems as Problems
 
 Rename = Callable[[str], str] | Mapping[str, str] | None
+Patterns = str | Sequence[str] | None
 
 # From the last part of a name in PyTorch to its names in Flax.
 _LEAF_NAMES = {
@@ -50,8 +51,12 @@ def torch_parameters(
     names: Iterable[str] | None,
     rename: Rename,
     problems: Problems,
+    skip: Patterns = None,
 ) -> dict[str, Parameter]:
-    """A dict from the path of a leaf to its parameter, in PyTorch's order."""
+    """A dict from the path of a leaf to its parameter, in PyTorch's order.
+
+    What is skipped is left out, or has no state if there is a leaf for it.
+    """
     state_dict = as_optimizer_state_dict(state_dict)
     groups, states = state_dict["param_groups"], state_dict["state"]
     for group in groups:
@@ -64,14 +69,25 @@ def torch_parameters(
         check_group(group)
     numbers = [(n, group) for group in groups for n in group["params"]]
     names = _names_in_order(names, groups, [number for number, _ in numbers])
-    found = find_leaves(names, rename, leaf_paths(params), problems)
+    paths = leaf_paths(params)
+    skipped = find_skipped(skip, [*names, *sorted(paths)])
+    found = find_leaves(names, rename, paths, Problems("") if skipped else problems)
+    if skipped:
+        find_leaves([n for n in names if n not in skipped], rename, paths, problems)
+    for path in sorted((skipped & paths) - set(found.values())):
+        problems.add(
+            f"leaf {path}",
+            "is skipped, but has no parameter, whose group it would be in: use rename",
+        )
     for number in sorted(set(states) - {number for number, _ in numbers}, key=str):
         problems.add(f"parameter {number}", "has a state, but is in no group")
-    return {
-        found[name]: Parameter(number, name, group, states.get(number, {}))
-        for name, (number, group) in zip(names, numbers, strict=True)
-        if name in found
-    }
+    table = {}
+    for name, (number, group) in zip(names, numbers, strict=True):
+        if name in found:
+            path = found[name]
+            state = states.get(number, {}) if not {name, path} & skipped else {}
+            table[path] = Parameter(number, name, group, state)
+    return table
 
 
 def _names_in_order(
@@ -137,6 +153,34 @@ def leaf_paths(params: Any) -> set[str]:
 
 def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in _COUNTERS
+
+
+def find_skipped(patterns: Patterns, names: Sequence[str]) -> set[str]:
+    """The names and paths of which a pattern matches one part or several."""
+    skipped = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        try:
+            matches = {name for name in names if _matches_parts(pattern, name)}
+        except re.error as error:
+            raise ValueError(
+                f"skip has {pattern!r}, which is no regular expression: {error}"
+            ) from error
+        if not matches:
+            raise ValueError(
+                f"skip has {pattern!r}, which matches no part of a name or a leaf; "
+                f"they are {', '.join([*names[:20], *['...'] * (len(names) > 20)])}"
+            )
+        skipped |= matches
+    return skipped
+
+
+def _matches_parts(pattern: str, name: str) -> bool:
+    """Whether it matches between dots, slashes and ends: `a.b` not in `xa.b`."""
+    edges = {0, len(name)}
+    for separator in re.finditer("[./]", name):
+        edges |= {separator.start(), separator.end()}
+    spans = [match.span() for match in re.finditer(pattern, name)]
+    return any(start < end and {start, end} <= edges for start, end in spans)
 
 
 def find_tied(state_dict: Mapping[str, Any], found: Mapping[str, str]) -> dict:

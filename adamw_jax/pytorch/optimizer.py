@@ -23,6 +23,7 @@ from .checkpoint import as_optimizer_state_dict
 from .names import (
     Layout,
     Parameter,
+    Patterns,
     Problems,
     Rename,
     flax_layout,
@@ -47,6 +48,7 @@ def optimizer_from_torch_state_dict(
     rename: Rename = None,
     layout: Layout = flax_layout,
     step: int | None = None,
+    skip: Patterns = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
     r"""Builds the optimizer that continues PyTorch's Adam, AdamW, AMSGrad or SGD.
 
@@ -94,6 +96,7 @@ def optimizer_from_torch_state_dict(
         rename: from PyTorch's names to paths, as a function or a dict.
         layout: converts arrays; the default knows Flax's kernels.
         step: number of updates done; None: the highest count of PyTorch. SGD needs it.
+        skip: what not to read; another head is trained as one that had no gradient yet.
 
     Returns:
         The transformation and its state.
@@ -119,7 +122,7 @@ def optimizer_from_torch_state_dict(
     """
     state_dict = as_optimizer_state_dict(state_dict)
     problems = Problems("PyTorch's optimizer state does not fit:")
-    table = torch_parameters(state_dict, params, names, rename, problems)
+    table = torch_parameters(state_dict, params, names, rename, problems, skip)
     problems.raise_if_any()
     groups = [group for group in state_dict["param_groups"] if len(group["params"])]
     if not groups:
@@ -204,6 +207,7 @@ def optimizer_from_torch_state_dict(
         step=step,
         b1=scheduled.get("b1"),
         b2=scheduled.get("b2"),
+        skip=skip,
     )
     return tx, state
 

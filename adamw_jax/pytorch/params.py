@@ -1,7 +1,6 @@
 """Parameters and batch statistics from and to PyTorch's state dicts."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +16,16 @@ from .arrays import (
     to_tensor,
 )
 from .checkpoint import check_network_state_dict
-from .names import Rename, find_leaves, find_tied, is_counter, leaf_paths
+from .names import (
+    Patterns,
+    Rename,
+    find_leaves,
+    find_skipped,
+    find_tied,
+    is_counter,
+    leaf_paths,
+)
 from .problems import Problems
-
-Patterns = str | Sequence[str] | None
 
 
 class PartialParams(NamedTuple):
@@ -156,7 +161,7 @@ def _fill(
     if not isinstance(state_dict, Mapping):
         check_network_state_dict(state_dict)
     paths = leaf_paths(params)
-    skipped = _skipped(skip, [*map(str, state_dict), *sorted(paths)])
+    skipped = find_skipped(skip, [*map(str, state_dict), *sorted(paths)])
     tensors = {
         name: x
         for name, x in state_dict.items()
@@ -246,34 +251,6 @@ def _equal_tensor(
     return None
 
 
-def _skipped(patterns: Patterns, names: Sequence[str]) -> set[str]:
-    """The names and paths of which a pattern matches one part or several."""
-    skipped = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-        try:
-            matches = {name for name in names if _matches_parts(pattern, name)}
-        except re.error as error:
-            raise ValueError(
-                f"skip has {pattern!r}, which is no regular expression: {error}"
-            ) from error
-        if not matches:
-            raise ValueError(
-                f"skip has {pattern!r}, which matches no part of a name or a leaf; "
-                f"they are {', '.join([*names[:20], *['...'] * (len(names) > 20)])}"
-            )
-        skipped |= matches
-    return skipped
-
-
-def _matches_parts(pattern: str, name: str) -> bool:
-    """Whether it matches between dots, slashes and ends: `a.b` not in `xa.b`."""
-    edges = {0, len(name)}
-    for separator in re.finditer("[./]", name):
-        edges |= {separator.start(), separator.end()}
-    spans = [match.span() for match in re.finditer(pattern, name)]
-    return any(start < end and {start, end} <= edges for start, end in spans)
-
-
 def params_to_torch_state_dict(
     params: Any,
     names: Iterable[str],
@@ -312,7 +289,7 @@ def params_to_torch_state_dict(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     tensors = names if isinstance(names, Mapping) else dict.fromkeys(names)
-    skipped = _skipped(skip, [*tensors, *leaves])
+    skipped = find_skipped(skip, [*tensors, *leaves])
     tensors = {
         name: x
         for name, x in tensors.items()

@@ -31,7 +31,7 @@ from .arrays import (
     to_tensor,
 )
 from .groups import Parameter, get_betas, is_sgd, step_count
-from .names import Rename, torch_parameters
+from .names import Patterns, Rename, torch_parameters
 from .problems import Problems
 from .trained import (
     COUNTERS,
@@ -58,6 +58,7 @@ def from_torch_state_dict(
     b1: Any = None,
     b2: Any = None,
     labels: Any = None,
+    skip: Patterns = None,
 ) -> optax.OptState:
     r"""Fills an optimizer state from that of `torch.optim`'s Adam, AdamW or SGD.
 
@@ -109,6 +110,10 @@ def from_torch_state_dict(
         labels: those passed to `optax.partition`, a tree or a function from params to
             one. Needed only if several of its optimizers are SGD without momentum,
             whose states do not say which leaves they train.
+        skip: regular expressions, as for :func:`params_from_torch_state_dict`, of what
+            not to read. A parameter without a leaf is left out. One with a leaf, such
+            as another head, stays in its group and has no state, as before its first
+            gradient.
 
     Returns:
         The new state, whose arrays share no memory with the tensors. Parameters without
@@ -140,7 +145,7 @@ def from_torch_state_dict(
     Source: PyTorch 2.13, `torch/optim/{optimizer,adam,sgd}.py`.
     """
     problems = Problems("PyTorch's optimizer state does not fit:")
-    table = torch_parameters(state_dict, params, names, rename, problems)
+    table = torch_parameters(state_dict, params, names, rename, problems, skip)
     arrays, counts = {}, {}
     for path, parameter in table.items():
         arrays[path] = read_parameter_state(path, parameter, layout, problems)
@@ -228,6 +233,7 @@ def to_torch_state_dict(
     layout: Layout = flax_layout,
     labels: Any = None,
     tx: optax.GradientTransformation | None = None,
+    skip: Patterns = None,
 ) -> dict[str, Any]:
     """Makes the dict that `load_state_dict` of `torch.optim`'s optimizers accepts.
 
@@ -265,6 +271,8 @@ def to_torch_state_dict(
         labels: as for :func:`from_torch_state_dict`.
         tx: the optimizer that `state` is of, for the values of the next update: it
             updates a copy of the state once, with zero gradients.
+        skip: as for :func:`from_torch_state_dict`; parameters without a leaf have no
+            state in PyTorch then.
 
     Returns:
         `{"state": {number: {...}}, "param_groups": [...]}`, with tensors (needs
@@ -293,7 +301,7 @@ def to_torch_state_dict(
     problems = Problems("the state does not fit PyTorch's optimizer:")
     groups = [dict(group) for group in param_groups]
     state_dict = {"state": {}, "param_groups": groups}
-    table = torch_parameters(state_dict, params, names, rename, problems)
+    table = torch_parameters(state_dict, params, names, rename, problems, skip)
     entries: dict[str, dict[str, Any]] = {}
 
     def read(node):

@@ -3,10 +3,14 @@
 import copy
 import itertools
 
+import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from tiers import examples
 
 import adamw_jax as aj
 
@@ -48,6 +52,32 @@ def test_prefixes_in_any_order(count):
         assert_read(aj.params_from_torch_state_dict(weights, empty()))
     repeated = prefixed("module.module.net.model.module.")
     assert_read(aj.params_from_torch_state_dict(repeated, empty()))
+
+
+PARTS = st.sampled_from(["model", "net", "module", "layers", "layers_0", "0", "1", "a"])
+
+
+@examples(100)
+@given(
+    st.sets(st.lists(PARTS, max_size=3).map(tuple), min_size=1, max_size=5),
+    st.lists(st.sampled_from(PREFIXES), max_size=3).map("".join),
+)
+def test_any_names_behind_any_prefixes(modules, prefix):
+    """Every leaf gets the value of its own name, if names look like prefixes too."""
+    params, weights, expected = {}, {}, {}
+    for value, module in enumerate(sorted(modules)):
+        leaf = params
+        for part in module:
+            leaf = leaf.setdefault(part, {})
+        leaf["kernel"] = jnp.zeros(1)
+        weights[prefix + ".".join([*module, "weight"])] = np.full(1, value)
+        expected["/".join([*module, "kernel"])] = value
+    read = aj.params_from_torch_state_dict(weights, params)
+    values = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(x[0])
+        for path, x in jax.tree_util.tree_leaves_with_path(read)
+    }
+    assert values == expected
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "net.model."])
@@ -405,3 +435,77 @@ def test_names_that_are_no_names(names):
     _, there = trained()
     with pytest.raises(ValueError, match=r"got a (tuple|Parameter): pass \[name for"):
         mu_of(there, names=names(torch.nn.Linear(2, 2)))
+
+
+# ---------------------------------------------------------------------------
+# parts of an optimizer
+# ---------------------------------------------------------------------------
+
+
+def adamw_by_hand(p, grads, lr=1e-3, decay=0.01):
+    """PyTorch's AdamW from the start, in float64."""
+    m = v = np.zeros(np.shape(p))
+    for t, g in enumerate(grads, 1):
+        p = p * (1 - lr * decay)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        p = p - lr * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return p
+
+
+def test_another_head_in_an_optimizer(lenient):
+    """It starts at its first gradient; the others go on."""
+    _, there = trained()
+    params = jax.tree.map(jnp.ones_like, leaves())
+    params["norm"] = {"scale": jnp.ones(7), "bias": jnp.ones(7)}
+    tx, state = aj.optimizer_from_torch_state_dict(
+        there, params, names=NAMES, skip="norm"
+    )
+    update = jax.jit(tx.update)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.5), params)
+    for _ in range(2):
+        updates, state = update(grads, state, params)
+        params = aj.apply_updates(params, updates)
+    expected = adamw_by_hand(np.ones(7), [0.5, 0.5])
+    np.testing.assert_allclose(params["norm"]["scale"], expected, rtol=1e-6)
+    before = np.arange(3) + 10.0  # the gradient of both steps there
+    there_alone = adamw_by_hand(np.zeros(3), [before, before], decay=0)
+    both = adamw_by_hand(np.zeros(3), [before, before, 0.5, 0.5], decay=0)
+    expected = (1 - 1e-5) ** 2 + both - there_alone  # the decay of the 1 here
+    np.testing.assert_allclose(params["fc"]["bias"], expected, rtol=1e-6)
+
+    back = aj.to_torch_state_dict(
+        state, params, there["param_groups"], names=NAMES, skip="norm"
+    )
+    steps = [int(entry["step"]) for entry in back["state"].values()]
+    assert steps == [4, 4, 2, 2]
+
+
+def test_parameters_that_are_not_here(lenient):
+    """As MoCo's other encoder; in PyTorch they have no state afterwards."""
+    _, there = trained()
+    params = {"fc": leaves()["fc"]}
+    with pytest.raises(ValueError, match=r"parameter norm\.weight: there is no leaf"):
+        aj.optimizer_from_torch_state_dict(there, params, names=NAMES)
+    _, state = aj.optimizer_from_torch_state_dict(
+        there, params, names=NAMES, skip="norm"
+    )
+    mu = state.inner_state[0].mu
+    np.testing.assert_array_equal(mu["fc"]["bias"], there["state"][1]["exp_avg"])
+    back = aj.to_torch_state_dict(
+        state, params, there["param_groups"], names=NAMES, skip="norm"
+    )
+    assert list(back["state"]) == [0, 1]
+    assert back["param_groups"] == there["param_groups"]
+
+
+def test_a_skipped_leaf_needs_a_group(lenient):
+    _, there = trained()
+    params = {"fc": leaves()["fc"], "head": {"bias": jnp.zeros(7)}}
+    for skip in (["norm", "head"], ["norm", "^head/"]):
+        with pytest.raises(ValueError, match="leaf head/bias: is skipped, but has no"):
+            aj.optimizer_from_torch_state_dict(there, params, names=NAMES, skip=skip)
+    _, state = aj.optimizer_from_torch_state_dict(
+        there, params, names=NAMES, skip="norm", rename={"norm.bias": "head/bias"}
+    )
+    moments = jax.tree.leaves(state)
+    assert sorted(x.shape for x in moments if x.ndim)[-1] == (7,)
