@@ -46,8 +46,9 @@ Optax's states
 PyTorch checkpoints
     optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
     PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
-    params_from_torch_state_dict, params_to_torch_state_dict: parameters. Layout,
-    flax_layout: the axes of kernels.
+    params_from_torch_state_dict, params_to_torch_state_dict: parameters;
+    partial_params_from_torch_state_dict: those that fit. load_torch_checkpoint: the
+    file. Layout, flax_layout: the axes of kernels.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -74,17 +75,22 @@ from .optax_state import to_optax_state as to_optax_state
 from .optimizers import adam as adam
 from .optimizers import amsgrad as amsgrad
 from .optimizers import sgd as sgd
-from .pytorch.names import Layout as Layout
-from .pytorch.names import flax_layout as flax_layout
+from .pytorch.arrays import Layout as Layout
+from .pytorch.arrays import flax_layout as flax_layout
+from .pytorch.checkpoint import load_torch_checkpoint as load_torch_checkpoint
 from .pytorch.optimizer import (
     optimizer_from_torch_state_dict as optimizer_from_torch_state_dict,
+)
+from .pytorch.params import PartialParams as PartialParams
+from .pytorch.params import params_from_torch_state_dict as params_from_torch_state_dict
+from .pytorch.params import params_to_torch_state_dict as params_to_torch_state_dict
+from .pytorch.params import (
+    partial_params_from_torch_state_dict as partial_params_from_torch_state_dict,
 )
 from .pytorch.schedulers import (
     phases_from_torch_scheduler as phases_from_torch_scheduler,
 )
 from .pytorch.state import from_torch_state_dict as from_torch_state_dict
-from .pytorch.state import params_from_torch_state_dict as params_from_torch_state_dict
-from .pytorch.state import params_to_torch_state_dict as params_to_torch_state_dict
 from .pytorch.state import to_torch_state_dict as to_torch_state_dict
 from .schedules.cycles import cosine_restarts as cosine_restarts
 from .schedules.cycles import one_cycle as one_cycle

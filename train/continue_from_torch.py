@@ -348,7 +348,7 @@ def compare(config: Config, folder: Path) -> dict[str, Any]:
     stayed = losses + train_torch(*reference, data, range(first, config.steps))
 
     # continue in Flax
-    checkpoint = torch.load(checkpoints / "begin.pt", weights_only=True)
+    checkpoint = aj.load_torch_checkpoint(checkpoints / "begin.pt")
     training = from_torch(config, checkpoint)
     step = build_step(training)
     training, in_flax = train_flax(step, training, data, range(first, last))

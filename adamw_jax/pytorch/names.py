@@ -1,16 +1,27 @@
-"""The mapping from PyTorch: names, arrays, layouts and parameter groups."""
+"""From PyTorch's names, and numbers of parameters, to the paths of leaves."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+import collections
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from .._tree import path_string
+from .arrays import Layout as Layout
+from .arrays import address
+from .arrays import flax_layout as flax_layout
+from .checkpoint import as_optimizer_state_dict
+from .groups import Parameter as Parameter
+from .groups import check_group
+from .groups import get_betas as get_betas
+from .groups import is_sgd as is_sgd
+from .groups import rate_ratio as rate_ratio
+from .groups import step_count as step_count
+from .problems import Problems as Problems
 
 Rename = Callable[[str], str] | Mapping[str, str] | None
+Patterns = str | Sequence[str] | None
 
 # From the last part of a name in PyTorch to its names in Flax.
 _LEAF_NAMES = {
@@ -18,49 +29,116 @@ _LEAF_NAMES = {
     "running_mean": ("mean",),
     "running_var": ("var",),
 }
-
-# The options in a group, in PyTorch 1.0 to 2.13. The first five are in all versions.
-_ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
-_SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
-_LATER_OPTIONS = ("maximize", "foreach", "differentiable", "fused")
-_LATER_ADAM_OPTIONS = ("capturable", "decoupled_weight_decay")
-# Names, and what schedulers store (timm's, lr_scale); none of it acts in an update.
-_LABELS = (
-    *("params", "param_names", "name", "group_name"),
-    *("initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale"),
-    *("base_momentum", "max_momentum"),
+# DistributedDataParallel and AveragedModel, torch.compile, Lightning's two customs.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+# torch.compile, FSDP and activation checkpointing of modules inside a network.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+# Counts of batch norm and of AveragedModel, which have no place in Flax.
+_COUNTERS = ("num_batches_tracked", "n_averaged")
+_BUFFERS = (*_COUNTERS, "running_mean", "running_var")
 
 
-class Layout(NamedTuple):
-    """How arrays are laid out in the two libraries: two functions of (path, array).
+# ---------------------------------------------------------------------------
+# parameters of an optimizer
+# ---------------------------------------------------------------------------
 
-    Each takes the path of the JAX leaf, such as `conv1/kernel`, and a NumPy array, and
-    returns an array. They only permute elements, and each must be the inverse of the
-    other, which is checked.
+
+def torch_parameters(
+    state_dict: Mapping[str, Any],
+    params: Any,
+    names: Iterable[str] | None,
+    rename: Rename,
+    problems: Problems,
+    skip: Patterns = None,
+) -> dict[str, Parameter]:
+    """A dict from the path of a leaf to its parameter, in PyTorch's order.
+
+    What is skipped is left out, or has no state if there is a leaf for it.
     """
+    state_dict = as_optimizer_state_dict(state_dict)
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    for group in groups:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(
+                "param_groups must be a list of dicts with params, those of "
+                "optimizer.state_dict(), got "
+                + (", ".join(map(str, group)) if group else f"{group!r}")
+            )
+        check_group(group)
+    numbers = [(n, group) for group in groups for n in group["params"]]
+    names = _names_in_order(names, groups, [number for number, _ in numbers])
+    paths = leaf_paths(params)
+    skipped = find_skipped(skip, [*names, *sorted(paths)])
+    found = find_leaves(names, rename, paths, Problems("") if skipped else problems)
+    if skipped:
+        find_leaves([n for n in names if n not in skipped], rename, paths, problems)
+    for path in sorted((skipped & paths) - set(found.values())):
+        problems.add(
+            f"leaf {path}",
+            "is skipped, but has no parameter, whose group it would be in: use rename",
+        )
+    for number in sorted(set(states) - {number for number, _ in numbers}, key=str):
+        problems.add(f"parameter {number}", "has a state, but is in no group")
+    table = {}
+    for name, (number, group) in zip(names, numbers, strict=True):
+        if name in found:
+            path = found[name]
+            state = states.get(number, {}) if not {name, path} & skipped else {}
+            table[path] = Parameter(number, name, group, state)
+    return table
 
-    from_torch: Callable[[str, np.ndarray], np.ndarray]
-    to_torch: Callable[[str, np.ndarray], np.ndarray]
+
+def _names_in_order(
+    names: Iterable[str] | None,
+    groups: Sequence[Mapping[str, Any]],
+    numbers: Sequence[Any],
+) -> list[str]:
+    """A name for each parameter in the groups: given, in the dict, or the number."""
+    if names is None:
+        if all("param_names" in group for group in groups):
+            return [name for group in groups for name in group["param_names"]]
+        if all(isinstance(number, str) for number in numbers):
+            return list(numbers)  # of FSDP and torch.distributed.checkpoint
+        raise ValueError(
+            "names must be given, because this state dict has none: pass [name for "
+            "name, _ in net.named_parameters()] in the order of the groups, or "
+            "net.state_dict() if there is one group"
+        )
+    expected = f"names must be {len(numbers)} names, one for each parameter in the "
+    expected += "groups, got"
+    if isinstance(names, str):
+        raise ValueError(f"{expected} {names}")
+    if isinstance(names, Mapping):
+        names = _parameter_names(names)
+    names = list(names)
+    if any(not isinstance(name, str) for name in names):
+        kind = type(next(name for name in names if not isinstance(name, str)))
+        raise ValueError(
+            f"{expected} a {kind.__name__}: pass [name for name, _ in "
+            "net.named_parameters()]"
+        )
+    if len(names) != len(numbers):
+        names = list(filter(_is_no_buffer, names))
+    if len(names) != len(numbers):
+        raise ValueError(
+            f"{expected} {len(names)}: pass [name for name, _ in "
+            "net.named_parameters()], without those that the optimizer was not given; "
+            "net.state_dict() may have other buffers than batch norm's"
+        )
+    return names
 
 
-def _is_kernel(path: str, array: np.ndarray) -> bool:
-    return path.split("/")[-1] == "kernel" and array.ndim >= 2
+def _parameter_names(state_dict: Mapping[str, Any]) -> list[str]:
+    """Names of parameters, without batch norm's buffers and copies of tied weights."""
+    tied = find_tied(state_dict, {})
+    return [name for name in state_dict if name not in tied and _is_no_buffer(name)]
 
 
-def _to_flax(path: str, array: np.ndarray) -> np.ndarray:
-    return np.moveaxis(array, (1, 0), (-2, -1)) if _is_kernel(path, array) else array
-
-
-def _from_flax(path: str, array: np.ndarray) -> np.ndarray:
-    return np.moveaxis(array, (-2, -1), (1, 0)) if _is_kernel(path, array) else array
-
-
-# Kernels are (out, in, ...) in PyTorch and (..., in, out) in Flax: OIHW becomes HWIO,
-# and matrices are transposed. All other leaves stay as they are. Attention, recurrent
-# cells and transposed convolutions need a layout of their own, which can call this one
-# for the other leaves.
-flax_layout = Layout(_to_flax, _from_flax)
+def _is_no_buffer(name: str) -> bool:
+    """Batch norm's are known by name."""
+    return name.rpartition(".")[2] not in _BUFFERS
 
 
 # ---------------------------------------------------------------------------
@@ -68,81 +146,120 @@ flax_layout = Layout(_to_flax, _from_flax)
 # ---------------------------------------------------------------------------
 
 
-class Problems:
-    """Collects all mismatches, to report them in one error."""
-
-    def __init__(self, title: str):
-        self.title, self.lines = title, []
-
-    def add(self, location: str, problem: str) -> None:
-        line = f"  {location}: {problem}"
-        if line not in self.lines:
-            self.lines.append(line)
-
-    def raise_if_any(self) -> None:
-        if self.lines:
-            raise ValueError("\n".join([self.title, *self.lines]))
+def leaf_paths(params: Any) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {path_string(path) for path, _ in leaves}
 
 
-class Parameter(NamedTuple):
-    """A parameter of PyTorch, with its group and its state in the state dict."""
-
-    number: int
-    name: str
-    group: Mapping[str, Any]
-    state: Mapping[str, Any]
+def is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in _COUNTERS
 
 
-def torch_parameters(
-    state_dict: Mapping[str, Any],
-    params: Any,
-    names: Sequence[str] | None,
-    rename: Rename,
-    problems: Problems,
-) -> dict[str, Parameter]:
-    """A dict from the path of a leaf to its parameter, in PyTorch's order."""
-    groups, states = state_dict["param_groups"], state_dict["state"]
-    for group in groups:
-        check_group(group)
-    numbers = [(n, group) for group in groups for n in group["params"]]
-    if names is None:
-        if not all("param_names" in group for group in groups):
+def find_skipped(patterns: Patterns, names: Sequence[str]) -> set[str]:
+    """The names and paths of which a pattern matches one part or several."""
+    skipped = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        try:
+            matches = {name for name in names if _matches_parts(pattern, name)}
+        except re.error as error:
             raise ValueError(
-                "names must be given, because this state dict has none: pass [name for "
-                "name, _ in net.named_parameters()] in the order of the groups"
+                f"skip has {pattern!r}, which is no regular expression: {error}"
+            ) from error
+        if not matches:
+            raise ValueError(
+                f"skip has {pattern!r}, which matches no part of a name or a leaf; "
+                f"they are {', '.join([*names[:20], *['...'] * (len(names) > 20)])}"
             )
-        names = [name for group in groups for name in group["param_names"]]
-    if isinstance(names, str) or len(names) != len(numbers):
-        raise ValueError(
-            f"names must be {len(numbers)} names, one for each parameter in the "
-            f"groups, got {names if isinstance(names, str) else len(names)}"
-        )
-    found = find_leaves(names, rename, leaf_paths(params), problems)
-    for number in sorted(set(states) - {number for number, _ in numbers}, key=str):
-        problems.add(f"parameter {number}", "has a state, but is in no group")
-    return {
-        found[name]: Parameter(number, name, group, states.get(number, {}))
-        for name, (number, group) in zip(names, numbers, strict=True)
-        if name in found
-    }
+        skipped |= matches
+    return skipped
+
+
+def _matches_parts(pattern: str, name: str) -> bool:
+    """Whether it matches between dots, slashes and ends: `a.b` not in `xa.b`."""
+    edges = {0, len(name)}
+    for separator in re.finditer("[./]", name):
+        edges |= {separator.start(), separator.end()}
+    spans = [match.span() for match in re.finditer(pattern, name)]
+    return any(start < end and {start, end} <= edges for start, end in spans)
+
+
+def find_tied(state_dict: Mapping[str, Any], found: Mapping[str, str]) -> dict:
+    """From each name whose tensor is another name's to that one, if it comes first.
+
+    Names that have a leaf, in `found`, come before those that have none.
+    """
+    first: dict[Any, str] = {}
+    tied = {}
+    for name in sorted(state_dict, key=lambda name: name not in found):
+        place = address(state_dict[name])
+        if place is None:
+            continue
+        if first.setdefault(place, name) != name:
+            tied[name] = first[place]
+    return tied
 
 
 def find_leaves(
     names: Iterable[str], rename: Rename, leaves: set[str], problems: Problems
 ) -> dict[str, str]:
-    """A dict from PyTorch's names to the paths of leaves, one to one."""
+    """A dict from PyTorch's names to the paths of leaves, one to one.
+
+    Prefixes that wrappers add to all names are removed if more names have a leaf then.
+    """
+    names = list(names)
+    best: tuple[dict[str, str], Problems] | None = None
+    for stripped in strip_prefixes(names):
+        new = Problems("")
+        paths = [
+            _renamed(rename, name, short)
+            for name, short in zip(names, stripped, strict=True)
+        ]
+        found = _match(names, paths, leaves, new)
+        if best is None or len(found) > len(best[0]):
+            best = found, new
+        if not new.found:
+            break
+    if best is None:
+        return {}
+    found, new = best
+    for location, problem in new.found:
+        problems.add(location, problem)
+    missing = [name for name in dict.fromkeys(names) if name not in found]
+    for hint in _hints(missing, rename, leaves - set(found.values())):
+        problems.hint(hint)
+    return found
+
+
+def strip_prefixes(names: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the names as they are, then with one wrapper less each time."""
+    if not names:
+        return
+    yield list(names)
+    plain = [_WRAPPERS.sub("", name) for name in names]
+    if plain != list(names):
+        yield plain
+    while shared := [p for p in _PREFIXES if all(n.startswith(p) for n in plain)]:
+        plain = [name.removeprefix(shared[0]) for name in plain]
+        yield plain
+
+
+def _renamed(rename: Rename, name: str, stripped: str) -> str:
+    """The path of a name, which a dict may also have with its prefixes."""
+    if rename is None:
+        return stripped
+    if isinstance(rename, Mapping):
+        return rename.get(name, rename.get(stripped, stripped))
+    return rename(stripped)
+
+
+def _match(
+    names: Sequence[str], paths: Sequence[str], leaves: set[str], problems: Problems
+) -> dict[str, str]:
+    find = _finder(leaves)
     found: dict[str, str] = {}
     used: set[str] = set()
-    for name in names:
-        if isinstance(rename, Mapping):
-            path = rename.get(name, name)
-        else:
-            path = rename(name) if rename is not None else name
-        path = path if path in leaves else path.replace(".", "/")
-        module, slash, last = path.rpartition("/")
-        candidates = [path]
-        candidates += [module + slash + other for other in _LEAF_NAMES.get(last, ())]
-        matches = [path for path in candidates if path in leaves]
+    for name, path in zip(names, paths, strict=True):
+        candidates, matches = find(path)
         if not matches:
             problems.add(
                 f"parameter {name}", f"there is no leaf {' or '.join(candidates)}"
@@ -159,190 +276,67 @@ def find_leaves(
     return found
 
 
-def leaf_paths(params: Any) -> set[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {path_string(path) for path, _ in leaves}
+def _finder(leaves: set[str]) -> Callable[[str], tuple[list[str], list[str]]]:
+    """From a path to the leaves that it could be, and to those that there are."""
+    # PyTorch's `0.weight` is `layers/0/kernel` in nnx.Sequential, `layers_0/kernel` in
+    # Linen's.
+    by_index = collections.defaultdict(list)
+    for leaf in sorted(leaves):
+        by_index[_without_layers(leaf)].append(leaf)
+
+    def find(path):
+        path = path if path in leaves else path.replace(".", "/")
+        module, slash, last = path.rpartition("/")
+        candidates = [path]
+        candidates += [module + slash + other for other in _LEAF_NAMES.get(last, ())]
+        matches = [path for path in candidates if path in leaves]
+        if not matches:
+            plain = map(_without_layers, candidates)
+            matches = [leaf for path in plain for leaf in by_index.get(path, ())]
+        return candidates, matches
+
+    return find
 
 
-# ---------------------------------------------------------------------------
-# arrays
-# ---------------------------------------------------------------------------
+def _without_layers(path: str) -> str:
+    return re.sub(r"(?<![^/])layers[/_](?=\d+/)", "", path)
 
 
-def to_array(x: Any) -> np.ndarray:
-    """A NumPy array from a tensor, or from anything that NumPy accepts."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        # NumPy has no bfloat16; float32 holds its values exactly.
-        x = (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
-    return np.asarray(x)
-
-
-def to_tensor(array: np.ndarray) -> Any:
-    """A tensor that owns its memory, because PyTorch writes to it."""
-    import torch
-
-    array = np.array(array, order="C")
-    if array.dtype == jnp.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def put_like(old: Any, array: np.ndarray) -> jax.Array:
-    """A copy of the array with the dtype and on the devices of the old one."""
-    array = np.array(array, old.dtype)
-    if getattr(old, "committed", False):
-        return jax.device_put(array, old.sharding)
-    return jnp.array(array)
-
-
-def put_number(old: Any, value: Any) -> Any:
-    """Replaces a scalar, also inside a Variable of nnx.Optimizer."""
-    return jax.tree.map(lambda x: put_like(x, np.asarray(value)), old)
-
-
-def put_array(
-    path: str, key: str, old: Any, array: np.ndarray, problems: Problems
-) -> Any:
-    """Replaces an array by one of the same shape, if its dtype loses no bits."""
-    if array.shape != old.shape:
-        problems.add(
-            f"leaf {path}", f"{key} has shape {array.shape}, expected {old.shape}"
-        )
-        return old
-    with np.errstate(all="ignore"):
-        cast = array.astype(old.dtype)
-        exact = np.array_equal(cast.astype(array.dtype), array, equal_nan=True)
-    if not exact:
-        problems.add(
-            f"leaf {path}",
-            f"{key} has dtype {array.dtype}, and {old.dtype} would lose bits of it",
-        )
-        return old
-    return put_like(old, cast)
-
-
-def convert_layout(
-    layout: Layout, path: str, array: np.ndarray, to: str, problems: Problems
-) -> np.ndarray:
-    """Converts to the other layout, after checking that this is invertible."""
-    convert, invert = layout if to == "from_torch" else layout[::-1]
-    order = np.arange(array.size).reshape(array.shape)
-    owner = "PyTorch's " if to == "from_torch" else ""
-    shape = f"{owner}shape {array.shape}"
-    try:
-        invertible = np.array_equal(invert(path, convert(path, order)), order)
-        converted = convert(path, array)
-    except ValueError as error:  # of a reshape or transpose in NumPy
-        problems.add(f"leaf {path}", f"layout fails for {shape}: {error}")
-        return array
-    if not invertible:
-        problems.add(f"leaf {path}", f"layout does not undo itself for {shape}")
-    return converted
-
-
-# ---------------------------------------------------------------------------
-# groups
-# ---------------------------------------------------------------------------
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raises unless the group is one of PyTorch's Adam, AdamW or SGD."""
-    options = _SGD_OPTIONS if is_sgd(group) else _ADAM_OPTIONS
-    if not set(options) <= set(group):
-        raise ValueError(
-            "param_groups must be those of PyTorch's Adam, AdamW or SGD, got a group "
-            f"with {', '.join(map(str, group))}"
-        )
-    known = {*options, *_LATER_OPTIONS, *_LABELS}
-    if not is_sgd(group):
-        known.update(_LATER_ADAM_OPTIONS)
-    if unknown := [str(option) for option in group if option not in known]:
-        name = "SGD" if is_sgd(group) else "Adam and AdamW"
-        raise ValueError(
-            "param_groups must be those of PyTorch's Adam, AdamW or SGD, got a group "
-            f"with {', '.join(unknown)}, which {name} do not have: delete it from the "
-            "groups if it does not change the update"
-        )
-
-
-def is_sgd(group: Mapping[str, Any]) -> bool:
-    return "betas" not in group
-
-
-def get_betas(group: Mapping[str, Any]) -> tuple[float, float]:
-    b1, b2 = group.get("betas", (0.0, 0.0))
-    return float(b1), float(b2)
-
-
-_ONE_FOR_EACH = (
-    "pass a learning_rate for each group to optimizer_from_torch_state_dict, or build "
-    "an optimizer with a schedule of its own for each, with optax.partition, and fill "
-    "its state with from_torch_state_dict"
-)
-
-
-def rate_ratio(group: Mapping[str, Any], first: Mapping[str, Any]) -> float:
-    """The ratio of the learning rate of a group to that of the first group.
-
-    Raises ValueError if a scheduler has not kept it since its start.
-    """
-    if group is first:
-        return 1.0
-    rate, base = float(group["lr"]), float(first["lr"])
-    if ("initial_lr" in group) != ("initial_lr" in first):
-        raise ValueError(
-            "the learning rates of the groups have no constant ratio: a scheduler "
-            f"drives only some of the groups (with initial_lr); {_ONE_FOR_EACH}"
-        )
-    if "initial_lr" in group:
-        initial_rate, initial_base = map(_initial_rate, (group, first))
-        # A tensor is float32, and a scheduler rounds it at every step.
-        tensors = any(hasattr(g["lr"], "dtype") for g in (group, first))
-        tolerance = 1e-5 if tensors else 1e-9
-        now, then = rate * initial_base, base * initial_rate
-        if not math.isclose(now, then, rel_tol=tolerance, abs_tol=0.0):
-            raise ValueError(
-                "the learning rates of the groups have no constant ratio: they were "
-                f"{initial_base:g} and {initial_rate:g}, are {base:g} and {rate:g} "
-                "(a scheduler with eta_min or with a function for each group); "
-                f"{_ONE_FOR_EACH}"
+def _hints(missing: list[str], rename: Rename, leaves: set[str]) -> Iterator[str]:
+    """Prefixes of names, or of paths, without which most of the others fit."""
+    find = _finder(leaves)
+    dropped, added = collections.Counter(), collections.Counter()
+    ends = collections.defaultdict(list)
+    for leaf in leaves:
+        parts = leaf.split("/")
+        for i in range(1, len(parts)):
+            end = _without_layers("/".join(parts[i:]))
+            ends[end].append("/".join(parts[:i]) + "/")
+    for name in missing:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            _, matches = find(_renamed(rename, name, ".".join(parts[i:])))
+            dropped[".".join(parts[:i]) + "."] += len(matches) == 1
+        candidates, _ = find(_renamed(rename, name, name))
+        plain = map(_without_layers, candidates)
+        added.update({prefix for path in plain for prefix in ends.get(path, ())})
+    most = max(dropped.values(), default=0)
+    if most and 2 * most >= len(leaves):
+        prefixes = [prefix for prefix, count in dropped.items() if count == most][:3]
+        if all(name.startswith(prefixes[0]) for name in missing):
+            way = f"rename=lambda name: name.removeprefix({prefixes[0]!r})"
+        else:
+            way = (
+                "{name.removeprefix(p): x for name, x in state_dict.items() if "
+                f"name.startswith(p)}} with p = {prefixes[0]!r}"
             )
-        if base == 0:
-            rate, base = initial_rate, initial_base
-    if rate == base:
-        return 1.0
-    if base == 0:
-        raise ValueError(
-            "the learning rates of the groups have no ratio: the first group has the "
-            f"learning rate 0, another {rate}"
+        yield (
+            f"The names fit without {', or without '.join(map(repr, prefixes))} ({most}"
+            f" of {len(leaves)} leaves): pass {way}"
         )
-    return rate / base
-
-
-def _initial_rate(group: Mapping[str, Any]) -> float:
-    """The rate from which a scheduler started; timm's multiply it by lr_scale."""
-    return float(group["initial_lr"]) * float(group.get("lr_scale", 1.0))
-
-
-def step_count(path: str, parameter: Parameter, problems: Problems) -> int:
-    """The step count of a parameter; 0 before its first gradient and for SGD."""
-    state, step = parameter.state, parameter.state.get("step")
-    if is_sgd(parameter.group):
-        if step is not None:
-            problems.add(f"leaf {path}", "has a step, which PyTorch's SGD does not")
-        return 0
-    if step is None:
-        if any(value is not None for value in state.values()):
-            problems.add(
-                f"leaf {path}",
-                "its state has no step, which PyTorch's Adam stores: another optimizer "
-                f"made it; set state_dict['state'][{parameter.number!r}]['step'] to "
-                "the number of updates done if the update is the same",
+    for prefix, count in added.most_common(1):
+        if 2 * count >= len(missing):
+            yield (
+                f"The names fit with {prefix!r} before them ({count} of "
+                f"{len(missing)}): pass rename=lambda name: {prefix!r} + name"
             )
-        return 0
-    count = float(to_array(step))
-    if not count >= 0 or count % 1:
-        problems.add(f"leaf {path}", f"step must be an integer >= 0, got {count}")
-        return 0
-    return int(count)

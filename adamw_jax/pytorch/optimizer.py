@@ -1,6 +1,6 @@
 """Optimizers and phases that continue from a PyTorch checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +19,11 @@ from ..transforms.chain import chain
 from ..transforms.decay import add_l2_gradient
 from ..transforms.groups import freeze_leaves, scale_by_group
 from ..transforms.scaling import scale_by_learning_rate
-from .names import (
-    Layout,
-    Parameter,
-    Problems,
-    Rename,
-    flax_layout,
-    get_betas,
-    is_sgd,
-    leaf_paths,
-    rate_ratio,
-    step_count,
-    torch_parameters,
-)
+from .arrays import Layout, flax_layout
+from .checkpoint import as_optimizer_state_dict
+from .groups import Parameter, get_betas, is_sgd, rate_ratio, step_count
+from .names import Patterns, Rename, leaf_paths, torch_parameters
+from .problems import Problems
 from .schedulers import first_learning
 from .state import from_torch_state_dict
 
@@ -43,10 +35,11 @@ def optimizer_from_torch_state_dict(
     learning_rate: LearningRate | Sequence[LearningRate] | None = None,
     decoupled: bool | None = None,
     bias_correction: BiasCorrection = "torch",
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     rename: Rename = None,
     layout: Layout = flax_layout,
     step: int | None = None,
+    skip: Patterns = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
     r"""Builds the optimizer that continues PyTorch's Adam, AdamW, AMSGrad or SGD.
 
@@ -100,6 +93,7 @@ def optimizer_from_torch_state_dict(
         rename: from PyTorch's names to paths, as a function or a dict.
         layout: converts arrays; the default knows Flax's kernels.
         step: number of updates done; None: the highest count of PyTorch. SGD needs it.
+        skip: what not to read; another head is trained as one that had no gradient yet.
 
     Returns:
         The transformation and its state.
@@ -123,8 +117,9 @@ def optimizer_from_torch_state_dict(
         >>> print(f"{updates['scale'][0]:.6f}")
         -0.000167
     """
+    state_dict = as_optimizer_state_dict(state_dict)
     problems = Problems("PyTorch's optimizer state does not fit:")
-    table = torch_parameters(state_dict, params, names, rename, problems)
+    table = torch_parameters(state_dict, params, names, rename, problems, skip)
     problems.raise_if_any()
     groups = [group for group in state_dict["param_groups"] if len(group["params"])]
     if not groups:
@@ -190,6 +185,7 @@ def optimizer_from_torch_state_dict(
         step=step,
         b1=_common_beta("b1", drives, kinds, bias_correction),
         b2=_common_beta("b2", drives, kinds, bias_correction),
+        skip=skip,
     )
     return tx, state
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..schedules.cycles import phases_until
 from ..schedules.phases import Phase, Phases
-from .names import is_sgd
+from .groups import is_sgd
 
 # What a state has beside the base class's values: a state does not name its class.
 _OWN_KEYS = {

@@ -1,4 +1,4 @@
-"""Conversion of optimizer states and parameters from and to PyTorch's state dicts.
+"""Conversion of optimizer states from and to PyTorch's state dicts.
 
 PyTorch numbers parameters in the order of the optimizer's groups; here leaves have
 paths. Each function takes the names that belong to the numbers, a `rename` from these
@@ -7,60 +7,42 @@ listed in one error. Only functions that make tensors import PyTorch.
 """
 
 import collections
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._tree import broadcast, find_states, path_string
-from ..hyperparams import HyperparamsState, ScaleByGroupState, is_overridden
+from .._tree import find_states, path_string
+from ..hyperparams import HyperparamsState
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import LogProduct
-from ..transforms.moments import ScaleByAdamState, ScaleByAmsgradState
-from ..transforms.momentum import TraceState
-from ..transforms.rounding import StochasticRoundingState
-from .names import (
+from .arrays import (
     Layout,
-    Parameter,
-    Problems,
-    Rename,
     convert_layout,
-    find_leaves,
     flax_layout,
-    get_betas,
-    is_sgd,
-    leaf_paths,
     put_array,
     put_number,
-    rate_ratio,
-    step_count,
     to_array,
     to_tensor,
-    torch_parameters,
 )
-
-# From the moments of the states below, Optax's included, to their names in PyTorch.
-_SLOTS = {
-    "mu": "exp_avg",
-    "nu": "exp_avg_sq",
-    "nu_max": "max_exp_avg_sq",
-    "trace": "momentum_buffer",
-}
-_MOMENTS = (
-    ScaleByAdamState,
-    ScaleByAmsgradState,
-    TraceState,
-    optax.ScaleByAdamState,
-    optax.TraceState,
+from .groups import Parameter, get_betas, is_sgd, step_count
+from .names import Patterns, Rename, torch_parameters
+from .problems import Problems
+from .trained import (
+    COUNTERS,
+    MOMENTS,
+    SLOTS,
+    contradiction,
+    fill_hyperparams,
+    map_states,
+    slot_paths,
+    trained_groups,
+    update_group,
 )
-_COUNTERS = (StochasticRoundingState, optax.ScaleByScheduleState)
-_KNOWN = (HyperparamsState, ScaleByGroupState, *_MOMENTS, *_COUNTERS)
-_PARTS = (HyperparamsState, optax.transforms.PartitionState)
 
 
 def from_torch_state_dict(
@@ -68,13 +50,14 @@ def from_torch_state_dict(
     state: optax.OptState,
     params: optax.Params,
     *,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     rename: Rename = None,
     layout: Layout = flax_layout,
     step: int | None = None,
     b1: Any = None,
     b2: Any = None,
     labels: Any = None,
+    skip: Patterns = None,
 ) -> optax.OptState:
     r"""Fills an optimizer state from that of `torch.optim`'s Adam, AdamW or SGD.
 
@@ -106,12 +89,17 @@ def from_torch_state_dict(
         params: the parameters that `state` was made for.
         names: PyTorch's parameter names in the order of the optimizer's groups,
             `[name for name, _ in net.named_parameters()]` for a single group; or the
-            paths of the leaves in that order. None: read from the dict, if PyTorch's
-            optimizer was built from `net.named_parameters()`.
+            paths of the leaves in that order. For a single group `net.state_dict()`
+            will do, which is in the checkpoint: batch norm's buffers and copies of tied
+            weights in it are left out. None: read from the dict, which has names if
+            PyTorch's optimizer was built from `net.named_parameters()`, or if it is
+            that of FSDP or of torch.distributed.checkpoint.
         rename: from such a name to the path of the leaf, or to the name that PyTorch
             would give that leaf, as a function or a dict. Names that are not in a dict
             are used unchanged. Then `conv1.weight` matches `conv1/weight`,
-            `conv1/kernel`, `conv1/scale` or `conv1/embedding`.
+            `conv1/kernel`, `conv1/scale` or `conv1/embedding`, and `0.weight` also
+            `layers/0/kernel`. Prefixes are removed as by
+            :func:`params_from_torch_state_dict`, and rename gets what is left.
         layout: converts arrays. The default knows Flax's kernels.
         step: number of updates done, from which schedules continue. None: the highest
             count of PyTorch. SGD stores no count, so it needs this argument.
@@ -121,6 +109,10 @@ def from_torch_state_dict(
         labels: those passed to `optax.partition`, a tree or a function from params to
             one. Needed only if several of its optimizers are SGD without momentum,
             whose states do not say which leaves they train.
+        skip: regular expressions, as for :func:`params_from_torch_state_dict`, of what
+            not to read. A parameter without a leaf is left out. One with a leaf, such
+            as another head, stays in its group and has no state, as before its first
+            gradient.
 
     Returns:
         The new state, whose arrays share no memory with the tensors. Parameters without
@@ -130,8 +122,9 @@ def from_torch_state_dict(
         ValueError: all mismatches in one message, with the paths of the leaves: a
             parameter without a leaf or a leaf without a parameter; moments that are
             missing, or for which the state has no place; shapes; dtypes that would lose
-            bits; step counts that differ or are missing. Or the dict of another
-            optimizer, which may differ only by an option in its groups; or no step.
+            bits; step counts that differ or are missing. Or names in another order than
+            the moments; the dict of another optimizer, which may differ only by an
+            option in its groups; no dict of an optimizer; or no step.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -151,15 +144,13 @@ def from_torch_state_dict(
     Source: PyTorch 2.13, `torch/optim/{optimizer,adam,sgd}.py`.
     """
     problems = Problems("PyTorch's optimizer state does not fit:")
-    table = torch_parameters(state_dict, params, names, rename, problems)
+    table = torch_parameters(state_dict, params, names, rename, problems, skip)
     arrays, counts = {}, {}
     for path, parameter in table.items():
-        arrays[path] = {
-            key: convert_layout(layout, path, to_array(value), "from_torch", problems)
-            for key, value in parameter.state.items()
-            if key != "step" and value is not None
-        }
+        arrays[path] = read_parameter_state(path, parameter, layout, problems)
         counts[path] = step_count(path, parameter, problems)
+    if names is not None:
+        _check_order(table, arrays, params, problems)
     if step is None:
         if any(is_sgd(parameter.group) for parameter in table.values()):
             raise ValueError(
@@ -171,20 +162,20 @@ def from_torch_state_dict(
         raise ValueError(f"step must be an integer >= 0, got {step!r}")
 
     used: set[tuple[str, str]] = set()
-    trained = _trained_groups(state, params, table, labels)
+    trained = trained_groups(state, params, table, labels)
     groups = {id(node): node_groups for node, node_groups in trained}
 
     def fill(node):
-        if isinstance(node, _COUNTERS):
+        if isinstance(node, COUNTERS):
             return node._replace(count=put_number(node.count, step))
         if isinstance(node, HyperparamsState):
             new = node._replace(
                 step=put_number(node.step, step),
-                inner_state=_map_states(fill, node.inner_state),
+                inner_state=map_states(fill, node.inner_state),
             )
-            return _fill_hyperparams(new, groups[id(node)])
-        slots = {slot: key for slot, key in _SLOTS.items() if hasattr(node, slot)}
-        paths = _slot_paths(node)
+            return fill_hyperparams(new, groups[id(node)])
+        slots = {slot: key for slot, key in SLOTS.items() if hasattr(node, slot)}
+        paths = slot_paths(node)
         new = {}
         for slot, key in slots.items():
 
@@ -194,7 +185,7 @@ def from_torch_state_dict(
                 if path not in table:
                     problems.add(f"leaf {path}", "no parameter has this name")
                     return old
-                if problem := _contradiction(table[path].group, node):
+                if problem := contradiction(table[path].group, node):
                     problems.add(f"leaf {path}", problem)
                 if key in arrays[path]:
                     return put_array(path, key, old, arrays[path][key], problems)
@@ -217,7 +208,7 @@ def from_torch_state_dict(
             new["step"] = put_number(node.step, step)
         return node._replace(**new)
 
-    filled = _map_states(fill, state, problems)
+    filled = map_states(fill, state, problems)
     for path, parameter in table.items():
         for key in arrays[path]:
             if (path, key) not in used:
@@ -235,11 +226,12 @@ def to_torch_state_dict(
     params: optax.Params,
     param_groups: Sequence[Mapping[str, Any]],
     *,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     rename: Rename = None,
     layout: Layout = flax_layout,
     labels: Any = None,
     tx: optax.GradientTransformation | None = None,
+    skip: Patterns = None,
 ) -> dict[str, Any]:
     """Makes the dict that `load_state_dict` of `torch.optim`'s optimizers accepts.
 
@@ -277,6 +269,8 @@ def to_torch_state_dict(
         labels: as for :func:`from_torch_state_dict`.
         tx: the optimizer that `state` is of, for the values of the next update: it
             updates a copy of the state once, with zero gradients.
+        skip: as for :func:`from_torch_state_dict`; parameters without a leaf have no
+            state in PyTorch then.
 
     Returns:
         `{"state": {number: {...}}, "param_groups": [...]}`, with tensors (needs
@@ -305,25 +299,25 @@ def to_torch_state_dict(
     problems = Problems("the state does not fit PyTorch's optimizer:")
     groups = [dict(group) for group in param_groups]
     state_dict = {"state": {}, "param_groups": groups}
-    table = torch_parameters(state_dict, params, names, rename, problems)
+    table = torch_parameters(state_dict, params, names, rename, problems, skip)
     entries: dict[str, dict[str, Any]] = {}
 
     def read(node):
         if isinstance(node, HyperparamsState):
-            _map_states(read, node.inner_state)
-        if not isinstance(node, _MOMENTS):
+            map_states(read, node.inner_state)
+        if not isinstance(node, MOMENTS):
             return node
         count = None
         if "count" in node._fields:  # every tuple has a method count
             count = int(jax.tree.leaves(node.count)[0])
-        for slot, key in _SLOTS.items():
+        for slot, key in SLOTS.items():
             leaves = jax.tree_util.tree_leaves_with_path(getattr(node, slot, None))
             for path, leaf in leaves:
                 path = path_string(path)
                 if path not in table:
                     problems.add(f"leaf {path}", "has moments, but no parameter")
                     continue
-                if problem := _contradiction(table[path].group, node):
+                if problem := contradiction(table[path].group, node):
                     problems.add(f"leaf {path}", problem)
                 entry = entries.setdefault(path, {})
                 if key in entry:
@@ -338,7 +332,7 @@ def to_torch_state_dict(
                 )
         return node
 
-    _map_states(read, state, problems)
+    map_states(read, state, problems)
     following = state
     if tx is None:
         scheduled = any("initial_lr" in group for group in groups)
@@ -350,203 +344,88 @@ def to_torch_state_dict(
     else:  # after an update a state holds the values that it used
         zeros = jax.tree.map(jnp.zeros_like, params)
         _, following = tx.update(zeros, state, params)
-    trained = _trained_groups(following, params, table, labels)
-    updated = [_update_group(group, trained, problems) for group in groups]
+    trained = trained_groups(following, params, table, labels)
+    updated = [update_group(group, trained, problems) for group in groups]
     problems.raise_if_any()
-    by_number = {table[path].number: entry for path, entry in entries.items() if entry}
-    return {"state": dict(sorted(by_number.items())), "param_groups": updated}
+    states = {
+        parameter.number: entries[path]
+        for path, parameter in table.items()
+        if entries.get(path)
+    }
+    return {"state": states, "param_groups": updated}
 
 
-def params_from_torch_state_dict(
-    state_dict: Mapping[str, Any],
+# ---------------------------------------------------------------------------
+# the state of a parameter
+# ---------------------------------------------------------------------------
+
+
+def read_parameter_state(
+    path: str, parameter: Parameter, layout: Layout, problems: Problems
+) -> dict[str, np.ndarray]:
+    """The moments of a parameter, by PyTorch's names, in the layout of its leaf."""
+    arrays = {}
+    for key, value in parameter.state.items():
+        if key == "step" or value is None:
+            continue
+        try:
+            array = to_array(value)
+        except ValueError as error:
+            problems.add(f"leaf {path}", f"{key} {error}")
+            continue
+        arrays[key] = convert_layout(layout, path, array, "from_torch", problems)
+    return arrays
+
+
+def _check_order(
+    table: dict[str, Parameter],
+    arrays: dict[str, dict[str, np.ndarray]],
     params: Any,
-    *,
-    rename: Rename = None,
-    layout: Layout = flax_layout,
-) -> Any:
-    """Converts `net.state_dict()` to a tree of parameters and batch statistics.
-
-    Leaves are found as by :func:`from_torch_state_dict`. PyTorch's `running_mean` and
-    `running_var` match leaves named `mean` and `var`; `num_batches_tracked` is ignored.
-
-    Args:
-        state_dict: from name to tensor or array.
-        params: the tree to fill, of arrays or `ShapeDtypeStruct`.
-        rename: from PyTorch's names to paths, as for :func:`from_torch_state_dict`.
-        layout: converts arrays; the default knows Flax's kernels.
-
-    Returns:
-        A tree like params, whose arrays share no memory with the tensors.
-
-    Raises:
-        ValueError: all mismatches in one message, with the paths of the leaves.
-
-    Example:
-        >>> import jax.numpy as jnp, numpy as np
-        >>> params = {"fc": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
-        >>> weights = {"fc.weight": np.arange(6.0).reshape(3, 2), "fc.bias": np.ones(3)}
-        >>> print(params_from_torch_state_dict(weights, params)["fc"]["kernel"])
-        [[0. 2. 4.]
-         [1. 3. 5.]]
-    """
-    problems = Problems("PyTorch's parameters do not fit:")
-    names = [name for name in state_dict if not name.endswith("num_batches_tracked")]
-    found = find_leaves(names, rename, leaf_paths(params), problems)
-    by_path = {path: name for name, path in found.items()}
-
-    def leaf(path, old):
-        path = path_string(path)
-        if path not in by_path:
-            problems.add(f"leaf {path}", "no parameter has this name")
-            return old
-        name = by_path[path]
-        array = convert_layout(
-            layout, path, to_array(state_dict[name]), "from_torch", problems
-        )
-        return put_array(path, name, old, array, problems)
-
-    filled = jax.tree_util.tree_map_with_path(leaf, params)
-    problems.raise_if_any()
-    return filled
-
-
-def params_to_torch_state_dict(
-    params: Any,
-    names: Sequence[str],
-    *,
-    rename: Rename = None,
-    layout: Layout = flax_layout,
-) -> dict[str, Any]:
-    """Makes the dict of tensors that `net.load_state_dict` accepts.
-
-    Args:
-        params: the tree of parameters, with or without batch statistics.
-        names: names of PyTorch's parameters and buffers, `list(net.state_dict())`.
-            Those that end in `num_batches_tracked` are ignored: pass `strict=False` to
-            `load_state_dict`.
-        rename: from PyTorch's names to paths, as for :func:`from_torch_state_dict`.
-        layout: converts arrays; the default knows Flax's kernels.
-
-    Returns:
-        A dict from name to tensor (needs PyTorch).
-
-    Raises:
-        ValueError: all mismatches in one message.
-    """
-    problems = Problems("the parameters do not fit PyTorch's:")
+    problems: Problems,
+) -> None:
+    """Raises if the moments would fit the leaves in another order of the names."""
     leaves = {
-        path_string(path): leaf
+        path_string(path): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    names = [name for name in names if not name.endswith("num_batches_tracked")]
-    found = find_leaves(names, rename, set(leaves), problems)
-    for path in sorted(set(leaves) - set(found.values())):
-        problems.add(f"leaf {path}", "no parameter has this name")
-    tensors = {
-        name: to_tensor(
-            convert_layout(layout, path, np.asarray(leaves[path]), "to_torch", problems)
-        )
-        for name, path in found.items()
+    # Sorted, because a layout permutes the axes of some leaves and not of others.
+    shapes = {
+        path: (arrays[path][key].shape, leaves[path])
+        for path in table
+        for key in list(SLOTS.values())[::-1]
+        if key in arrays[path]
     }
-    problems.raise_if_any()
-    return tensors
-
-
-# ---------------------------------------------------------------------------
-# states
-# ---------------------------------------------------------------------------
-
-
-def _map_states(
-    f: Callable[[Any], Any], state: Any, problems: Problems | None = None
-) -> Any:
-    """Maps over the supported states; an array in any other state is a problem."""
-
-    def apply(path, node):
-        if isinstance(node, _KNOWN):
-            return f(node)
-        if problems is not None:
-            problems.add(
-                f"state {path_string(path)}",
-                "is of a transformation that PyTorch does not have; convert the state "
-                "of its inner transformation",
-            )
-        return node
-
-    return jax.tree_util.tree_map_with_path(
-        apply, state, is_leaf=lambda x: isinstance(x, _KNOWN)
+    moments, expected = (
+        [tuple(sorted(pair[i])) for pair in shapes.values()] for i in (0, 1)
     )
+    if moments == expected:
+        return
+    path, (shape, _) = next(
+        item
+        for item, one, other in zip(shapes.items(), moments, expected, strict=True)
+        if one != other
+    )
+    where = (
+        f"the moments at the place of {table[path].name} have shape {shape}, the leaf "
+        f"{path} {leaves[path]}"
+    )
+    if sorted(moments) == sorted(expected):
+        order = ""
+        if moments == sorted(expected, key=lambda shape: len(shape) < 2):
+            order = (
+                "; they fit with the vectors last, as in groups with and without decay:"
+                " sorted(names, key=lambda name: net.get_parameter(name).ndim < 2)"
+            )
+        raise ValueError(
+            "names must be in the order of PyTorch's groups, the names of the first "
+            f"group first, which is another order: {where}{order}"
+        )
+    problems.hint(f"Are names in the order of PyTorch's groups? Now {where}")
 
 
-def _slot_paths(state: Any) -> dict[str, None]:
-    """The paths of the leaves whose moments a state has, in order."""
-    paths: dict[str, None] = {}
-
-    def read(node):
-        if isinstance(node, HyperparamsState):
-            _map_states(read, node.inner_state)
-        for slot in _SLOTS:
-            leaves = jax.tree_util.tree_leaves_with_path(getattr(node, slot, None))
-            paths.update({path_string(path): None for path, _ in leaves})
-        return node
-
-    _map_states(read, state)
-    return paths
-
-
-class _Trained(NamedTuple):
-    """A state with hyperparameters and the groups that it trains, in their order."""
-
-    node: HyperparamsState
-    groups: list[Mapping[str, Any]]
-
-
-def _trained_groups(
-    state: Any, params: Any, table: dict[str, Parameter], labels: Any
-) -> list[_Trained]:
-    """All states with hyperparameters, each with the groups that it trains.
-
-    Moments have the paths of the leaves. A state without moments, of SGD without
-    momentum, trains the leaves with its label in `optax.partition`; without labels, all
-    that no other state trains, if it is the only one.
-    """
-    nodes = _labelled_states(state)
-    paths = [set(_slot_paths(node.inner_state)) for node, _ in nodes]
-    unknown = [
-        i
-        for i, (node, _) in enumerate(nodes)
-        if not find_states(node.inner_state, lambda x: isinstance(x, _MOMENTS))
-    ]
-    if labels is not None:
-        tree = broadcast("labels", labels, params)
-        by_path = {
-            path_string(path): label
-            for path, label in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for i in unknown:
-            paths[i] = {path for path in by_path if by_path[path] == nodes[i][1]}
-    elif len(unknown) == 1:
-        paths[unknown[0]] = set(table).difference(*paths)
-    trained = []
-    for (node, _), of_node in zip(nodes, paths, strict=True):
-        groups: list[Mapping[str, Any]] = []
-        for path, parameter in table.items():
-            if path in of_node and not any(parameter.group is g for g in groups):
-                groups.append(parameter.group)
-        trained.append(_Trained(node, groups))
-    return trained
-
-
-def _labelled_states(state: Any, label: Any = None) -> list[tuple]:
-    """All states with hyperparameters, each with its label in `optax.partition`."""
-    found: list[tuple] = []
-    for node in find_states(state, lambda x: isinstance(x, _PARTS)):
-        if isinstance(node, HyperparamsState):
-            found.append((node, label))
-        else:
-            for key, inner_state in node.inner_states.items():
-                found += _labelled_states(inner_state, key)
-    return found
+# ---------------------------------------------------------------------------
+# counts and products
+# ---------------------------------------------------------------------------
 
 
 def _common_count(counts: dict[str, int], problems: Problems) -> int:
@@ -591,96 +470,3 @@ def _log_product(
     exact = math.fsum(logs) if beta.ndim else count * float(logs)
     total = float(np.asarray(exact, dtype))
     return LogProduct(put_number(old.total, total), put_number(old.lost, total - exact))
-
-
-# ---------------------------------------------------------------------------
-# groups
-# ---------------------------------------------------------------------------
-
-
-def _contradiction(group: Mapping[str, Any], node: Any) -> str | None:
-    """Why moments contradict the group of their parameter; None if they do not."""
-    if hasattr(node, "trace") != is_sgd(group):
-        kinds = ("Adam", "SGD") if is_sgd(group) else ("SGD", "Adam")
-        return f"the state is of {kinds[0]}, PyTorch's group of {kinds[1]}"
-    if hasattr(node, "mu") and hasattr(node, "nu_max") != bool(group["amsgrad"]):
-        has = "has" if hasattr(node, "nu_max") else "has no"
-        return f"the state {has} nu_max, but PyTorch's amsgrad is {group['amsgrad']}"
-    return None
-
-
-def _fill_hyperparams(
-    node: HyperparamsState, groups: list[Mapping[str, Any]]
-) -> HyperparamsState:
-    """Fills in the hyperparameters of PyTorch, for `current_hyperparams`."""
-    if not groups:
-        return node
-    decays = [float(group["weight_decay"]) for group in groups]
-    values = {
-        "learning_rate": float(groups[0]["lr"]),
-        "weight_decay": next((decay for decay in decays if decay), 0.0),
-    }
-    if is_sgd(groups[0]):
-        values["momentum"] = float(groups[0]["momentum"])
-    else:
-        values["b1"], values["b2"] = get_betas(groups[0])
-    new, last = dict(node.hyperparams), list(node.last_values)
-    for i, name in enumerate(sorted(new)):
-        if name in values and not is_overridden(jax.tree.leaves(last[i])[0]):
-            new[name] = put_number(new[name], values[name])
-            last[i] = put_number(last[i], values[name])
-    return node._replace(hyperparams=new, last_values=tuple(last))
-
-
-def _update_group(
-    group: Mapping[str, Any],
-    all_trained: list[_Trained],
-    problems: Problems,
-) -> dict[str, Any]:
-    """A copy of the group with the hyperparameters of the state."""
-    new = copy.deepcopy(dict(group))
-    found = [x for x in all_trained if any(group is other for other in x.groups)]
-    if not found:
-        if len(all_trained) > 1 and len(group["params"]):
-            problems.add(
-                f"group of {group['params']}",
-                "no state has moments of it, and several have hyperparameters: pass "
-                "the labels of optax.partition",
-            )
-        return new
-    node, trained = found[0]
-    dtype = jax.tree.leaves(node.last_values)[0].dtype
-    values = {k: float(jax.tree.leaves(v)[0]) for k, v in node.hyperparams.items()}
-
-    def keep_if_equal(torch_value, value):
-        return torch_value if np.asarray(float(torch_value), dtype) == value else value
-
-    def scale(torch_value, torch_base, value):
-        if np.asarray(float(torch_base), dtype) == value:
-            return torch_value
-        return value * (float(torch_value) / float(torch_base))
-
-    if "learning_rate" in values:
-        rate = values["learning_rate"]
-        if np.asarray(float(trained[0]["lr"]), dtype) != rate:
-            new["lr"] = rate * rate_ratio(group, trained[0])
-    if "weight_decay" in values:
-        decays = [g["weight_decay"] for g in trained if float(g["weight_decay"])]
-        if decays:
-            new["weight_decay"] = scale(
-                group["weight_decay"], decays[0], values["weight_decay"]
-            )
-        elif values["weight_decay"]:
-            problems.add(
-                f"group of {group['params']}",
-                f"the state has weight_decay {values['weight_decay']:g}, which is 0 in "
-                "all of PyTorch's groups",
-            )
-    if "momentum" in values:
-        new["momentum"] = keep_if_equal(group.get("momentum", 0.0), values["momentum"])
-    if "betas" in group:
-        new["betas"] = tuple(
-            keep_if_equal(beta, values.get(name, float(beta)))
-            for beta, name in zip(group["betas"], ("b1", "b2"), strict=True)
-        )
-    return new

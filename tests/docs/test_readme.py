@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import torch
+from flax import nnx
 
 import adamw_jax as aj
 from train import tabulate
@@ -101,26 +102,71 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
-def test_code_blocks(page, lenient, monkeypatch):
-    """In order, with a model's parameters and gradients, and a checkpoint."""
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the pages assume: a model's parameters and gradients, and a checkpoint."""
     tree = {"body": {"kernel": jnp.ones(2)}, "head": {"bias": jnp.ones(2)}}
     named = [("body.weight", torch.ones(2)), ("head.bias", torch.ones(2))]
+    optimizer = torch.optim.AdamW(named)
     checkpoint = {
         "model": dict(named),
-        "optimizer": torch.optim.AdamW(named).state_dict(),
-        "scheduler": torch.optim.lr_scheduler.StepLR(
-            torch.optim.AdamW(named), 30
-        ).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 30).state_dict(),
     }
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: checkpoint)
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint, "checkpoint.pt")
     names = {"params": tree, "grads": tree, "aj": aj, "optax": optax, "jax": jax}
     names["cycle"] = aj.one_cycle(3e-3, steps=100)
     names["loss"] = lambda params: sum(x.sum() for x in jax.tree.leaves(params))
+    names["train"] = lambda *args: None
+    return names | {"rngs": nnx.Rngs(0)}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_code_blocks(page, lenient, names):
     for block in blocks(page):
         exec(block, names)
-        names["tx"].update(tree, names["tx"].init(tree), tree)
+        params, tx = names["params"], names["tx"]
+        tx.update(params, tx.init(params), params)
 
 
 def test_pages_with_code_are_found():
     assert sum(bool(blocks(page)) for page in PAGES) >= 6
+
+
+def test_the_run_of_the_readme_goes_on(lenient, names):
+    """As in PyTorch: 50 steps there and 25 here are 75 steps there."""
+    x, y = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+
+    def train(net, optimizer, scheduler, steps=50):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(net(x), y[:, :10]).backward()
+            optimizer.step()
+            scheduler.step()
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return (aj.apply_updates(params, updates), state), None
+
+    def loss(params):
+        error = nnx.merge(graph, params)(jnp.array(x)) - jnp.array(y[:, :10])
+        return (error**2).mean()
+
+    torch.manual_seed(0)
+    names["train"] = train
+    _, there, here = blocks(ROOT / "README.md")
+    exec(there, names)
+    theirs, *others = (names[name] for name in ("net", "optimizer", "scheduler"))
+    start = [p.detach().clone() for p in theirs.parameters()]
+    exec(here, names)
+    graph, tx = nnx.graphdef(names["net"]), names["tx"]
+    carry = names["params"], names["opt_state"]
+    (params, _), _ = jax.lax.scan(step, carry, None, length=25)
+    train(theirs, *others, steps=25)
+    ours = aj.params_to_torch_state_dict(params, theirs.state_dict())
+    for p0, (name, p) in zip(start, theirs.named_parameters(), strict=True):
+        assert (ours[name] - p).abs().max() < 1e-4 * (p - p0).abs().max()

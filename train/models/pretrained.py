@@ -1,5 +1,6 @@
 """Reads and writes the weights of `train.models.resnet` under torchvision's names."""
 
+import collections
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import adamw_jax as aj
 from train.models.resnet import LAYERS, Bottleneck
 
 TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -16,8 +18,8 @@ TORCH_NAMES |= {"mean": "running_mean", "var": "running_var"}
 # Keys under which training scripts store the network; averaged weights first.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # Prefixes of DistributedDataParallel, torch.compile and Lightning.
-PREFIXES = ("module.", "_orig_mod.", "model.")
-PICKLED = (".pth", ".pth.tar", ".pt", ".bin")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+PICKLED = (".pth", ".pth.tar", ".tar", ".ckpt", ".pt", ".bin")
 
 
 # ---------------------------------------------------------------------------
@@ -46,11 +48,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     reader = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
     tensors, metadata = reader(path)
     tensors.pop("n_averaged", None)  # counts the models in PyTorch's average
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
     if not tensors:
         raise ValueError(f"{path}: contains no tensors")
+    while shared := [
+        p for p in PREFIXES if all(name.startswith(p) for name in tensors)
+    ]:
+        tensors = {name.removeprefix(shared[0]): x for name, x in tensors.items()}
     return tensors, metadata
 
 
@@ -77,13 +80,7 @@ def _read_pickled(path):
             f"{path}: reading this format needs PyTorch, which is not installed; "
             "a .safetensors file does not need it"
         ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise ValueError(
-            f"{path}: damaged, or contains objects other than tensors, whose code "
-            f"would have to run ({type(error).__name__})"
-        ) from error
+    content = aj.load_torch_checkpoint(path)
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -237,6 +234,15 @@ def _hint(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     if "conv1.0.weight" in found:
         return ["The file's network starts with three convolutions, this one with one"]
     file, network = _architecture(found), _architecture(expected)
+    prefixes = collections.Counter(
+        name.removesuffix(end)
+        for name in found
+        for end in expected
+        if name.endswith(f".{end}")
+    )
+    for prefix, count in prefixes.most_common(1):
+        if 2 * count > len(expected):  # one of several networks, as MoCo's encoder_q
+            return [f"Its names fit after {prefix!r}: save a file of those alone"]
     if file is None:
         return ["The file's names are not those of a ResNet of torchvision"]
     if file != network:

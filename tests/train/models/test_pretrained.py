@@ -1,5 +1,6 @@
 """Weights from and to PyTorch's files, and the messages about unusable files."""
 
+import argparse
 import pickle
 import re
 import sys
@@ -198,6 +199,18 @@ def test_other_dtypes_become_float32(tmp_path, name, dtype):
         lambda d: {"module." + name: x for name, x in d.items()},
         lambda d: {"state_dict": {"model." + name: x for name, x in d.items()}},
         lambda d: {"module._orig_mod." + name: x for name, x in d.items()},
+        lambda d: {
+            "net._orig_mod.module.net.model." + name: x for name, x in d.items()
+        },
+        lambda d: {  # fastai's learn.save
+            "model": d,
+            "opt": {"state": [{"step": 3}], "hypers": [{"lr": 0.1}]},
+        },
+        lambda d: {  # beside tensors, torchvision's options and timm's metric
+            "args": argparse.Namespace(lr=0.1, workers=4),
+            "metric": np.float64(76.5),
+            "state_dict": d,
+        },
         lambda d: {  # the averages of torchvision's and timm's training scripts
             "model": {name: 0 * x for name, x in d.items()},
             "model_ema": {"n_averaged": torch.tensor(2)}
@@ -212,6 +225,12 @@ def test_other_dtypes_become_float32(tmp_path, name, dtype):
 def test_files_of_training_scripts(tmp_path, state_dict, content):
     torch.save(content(state_dict), tmp_path / "checkpoint.pth")
     same(pretrained.read(tmp_path / "checkpoint.pth")[0], state_dict)
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "last.tar", "epoch=3.ckpt"])
+def test_suffixes_of_training_scripts(tmp_path, state_dict, name):
+    torch.save({"state_dict": state_dict}, tmp_path / name)
+    same(pretrained.read(tmp_path / name)[0], state_dict)
 
 
 def test_write_is_atomic(tmp_path, monkeypatch):
@@ -247,7 +266,7 @@ def unreadable():
     return {
         "model.onnx": (
             b"",
-            "must end in .safetensors, .pth, .pth.tar, .pt or .bin",
+            "must end in .safetensors, .pth, .pth.tar, .tar, .ckpt, .pt or .bin",
         ),
         "nowhere.pth": (None, "no such file"),
         "nowhere.safetensors": (None, "no such file"),
@@ -257,13 +276,13 @@ def unreadable():
             "damaged or not a safetensors file",
         ),
         "none.safetensors": (safetensors.numpy.save({}), "contains no tensors"),
-        "text.pth": (b"hello world", "damaged, or contains objects other than tensors"),
-        "empty.pth": (b"", "damaged, or contains objects other than tensors"),
-        "short.pth": (zipped, "damaged, or contains objects other than tensors"),
-        "pickle.pth": (pickle.dumps({"x": np.ones(3)}), "objects other than tensors"),
+        "text.pth": (b"hello world", "damaged, or not written by torch.save"),
+        "empty.pth": (b"", "damaged, or not written by torch.save"),
+        "short.pth": (zipped, "damaged, or not written by torch.save"),
+        "pickle.pth": (pickle.dumps({"x": np.ones(3)}), "not written by torch.save"),
         "module.pth": (
             lambda path: torch.save(torch.nn.Linear(2, 2), path),
-            "objects other than tensors",
+            "holds torch.nn.modules.linear.Linear, whose code would have to run",
         ),
         "list.bin": (
             lambda path: torch.save([torch.ones(2)], path),
@@ -377,7 +396,11 @@ def test_hint_at_another_network(architecture, width, hint, shapes):
 def test_other_hints(tensors, shapes):
     deep = {"conv1.0.weight": tensors.pop("conv1.weight")} | tensors
     assert "starts with three convolutions" in problems(deep, shapes)[-1]
-    other = {"encoder." + name: x for name, x in deep.items()}
+    moco = {"encoder_q." + name: x for name, x in tensors.items()}
+    hint = "Its names fit after 'encoder_q.': save a file of those alone"
+    assert problems(moco | deep, shapes)[-1].startswith("The file's network starts")
+    assert problems(moco, shapes)[-1] == hint
+    other = {name.replace("layer", "stage"): x for name, x in tensors.items()}
     assert "are not those of a ResNet of torchvision" in problems(other, shapes)[-1]
     wide = tensors | {"conv1.weight": deep["conv1.0.weight"]}
     wide["layer1.0.conv1.weight"] = np.ones((4, 2, 3, 3), np.float32)
