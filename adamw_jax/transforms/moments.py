@@ -15,11 +15,10 @@ from .._tree import (
     increment,
     map_leaves,
     scalar_dtype,
-    schedule_step,
     zeros_like_params,
 )
 from .bias_correction import BiasCorrection, LogProduct, beta_at, init_log_product
-from .rounding import stochastic_round
+from .rounding import init_key, step_key, stochastic_round
 
 AmsgradConvention = Literal["torch", "paper", "optax"]
 
@@ -28,16 +27,12 @@ def _init_key(mu_dtype: Any, nu_dtype: Any, stochastic_rounding: bool, seed: int
     """The random key of the state, or None if nothing is rounded stochastically."""
     dtypes = [jnp.dtype(dtype) for dtype in (mu_dtype, nu_dtype) if dtype is not None]
     narrow = any(dtype != compute_dtype(dtype) for dtype in dtypes)
-    return jax.random.PRNGKey(seed) if stochastic_rounding and narrow else None
+    return init_key(seed) if stochastic_rounding and narrow else None
 
 
 def _step_key(key: Any, count: jax.Array) -> Any:
     """The random key of a step; None if nothing is rounded stochastically."""
-    if key is None:
-        return None
-    if jnp.issubdtype(key.dtype, jnp.floating):  # an average of two states
-        key = key.astype(jnp.uint32)
-    return jax.random.fold_in(key, schedule_step(count))
+    return None if key is None else step_key(key, count)
 
 
 def _cast_moments(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
