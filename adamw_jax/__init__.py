@@ -44,7 +44,7 @@ PyTorch checkpoints
     optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
     PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
     params_from_torch_state_dict, params_to_torch_state_dict: parameters. Layout,
-    flax_layout: the axes of kernels.
+    flax_layout: the axes of kernels. encode_bitsandbytes: for its 8-bit optimizers.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -67,6 +67,7 @@ from .masks import no_decay_on_bias_and_norm as no_decay_on_bias_and_norm
 from .optimizers import adam as adam
 from .optimizers import amsgrad as amsgrad
 from .optimizers import sgd as sgd
+from .pytorch.eight_bit import encode_bitsandbytes as encode_bitsandbytes
 from .pytorch.names import Layout as Layout
 from .pytorch.names import flax_layout as flax_layout
 from .pytorch.optimizer import (

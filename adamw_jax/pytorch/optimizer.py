@@ -19,6 +19,7 @@ from ..transforms.chain import chain
 from ..transforms.decay import add_l2_gradient
 from ..transforms.groups import freeze_leaves, scale_by_group
 from ..transforms.scaling import scale_by_learning_rate
+from .eight_bit import decode_bitsandbytes
 from .names import (
     Layout,
     Parameter,
@@ -77,7 +78,8 @@ def optimizer_from_torch_state_dict(
     all buffers exist: `sgd(dampened=True)`.
 
     Args:
-        state_dict: `optimizer.state_dict()`.
+        state_dict: `optimizer.state_dict()`, also of bitsandbytes' Adam and AdamW, both
+            of which decouple the decay.
         params: the parameters to train.
         learning_rate: the learning rate of the first group from now on: a number, a
             schedule of the step, or :class:`Phases`, such as
@@ -116,6 +118,7 @@ def optimizer_from_torch_state_dict(
         >>> print(f"{updates['scale'][0]:.6f}")
         -0.000167
     """
+    state_dict = decode_bitsandbytes(state_dict)
     problems = Problems("PyTorch's optimizer state does not fit:")
     table = torch_parameters(state_dict, params, names, rename, problems)
     problems.raise_if_any()

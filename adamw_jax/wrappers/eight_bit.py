@@ -334,7 +334,7 @@ def quantize_moments(
             return _quantize(new, old.codes.dtype, old.scale.shape, bits)
 
         updates, new_state = inner.update(
-            updates, _decode(inner_state), params, **extra_args
+            updates, decode_moments(inner_state), params, **extra_args
         )
         second_moments = {
             _owner(path, "nu"): leaf
@@ -383,10 +383,13 @@ def _is_blocks(x: Any) -> bool:
     return isinstance(x, Blocks)
 
 
-def _decode(state: Any) -> Any:
+def decode_moments(state: Any) -> Any:
+    """Replaces all blocks of a state by their values."""
+
     def decode(path, x):
         if not _is_blocks(x):
             return x
+        x = Blocks(*jax.tree.leaves(x))  # without the Variables of nnx.Optimizer
         if x.codes.dtype not in (jnp.int8, jnp.uint8):
             raise TypeError(
                 f"the codes of {path_string(path)} must be int8 or uint8, got "
@@ -395,6 +398,11 @@ def _decode(state: Any) -> Any:
         return dequantize_blockwise(x)
 
     return jax.tree_util.tree_map_with_path(decode, state, is_leaf=_is_blocks)
+
+
+def encode_like(old: Blocks, x: jax.Array) -> Blocks:
+    """Quantizes an array as an old one was, rounded to nearest."""
+    return _quantize(x, old.codes.dtype, old.scale.shape, None)
 
 
 def _moment(path: tuple) -> str | None:
