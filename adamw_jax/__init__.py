@@ -48,7 +48,8 @@ PyTorch checkpoints
     PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
     params_from_torch_state_dict, params_to_torch_state_dict: parameters;
     partial_params_from_torch_state_dict: those that fit. load_torch_checkpoint: the
-    file. Layout, flax_layout: the axes of kernels.
+    file. Layout, flax_layout: the axes of kernels. encode_bitsandbytes: for its 8-bit
+    optimizers.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +79,7 @@ from .optimizers import sgd as sgd
 from .pytorch.arrays import Layout as Layout
 from .pytorch.arrays import flax_layout as flax_layout
 from .pytorch.checkpoint import load_torch_checkpoint as load_torch_checkpoint
+from .pytorch.eight_bit import encode_bitsandbytes as encode_bitsandbytes
 from .pytorch.optimizer import (
     optimizer_from_torch_state_dict as optimizer_from_torch_state_dict,
 )

@@ -21,6 +21,7 @@ from ..transforms.groups import freeze_leaves, scale_by_group
 from ..transforms.scaling import scale_by_learning_rate
 from .arrays import Layout, flax_layout
 from .checkpoint import as_optimizer_state_dict
+from .eight_bit import decode_bitsandbytes
 from .groups import Parameter, get_betas, is_sgd, rate_ratio, step_count
 from .names import Patterns, Rename, leaf_paths, torch_parameters
 from .problems import Problems
@@ -75,7 +76,8 @@ def optimizer_from_torch_state_dict(
     all buffers exist: `sgd(dampened=True)`.
 
     Args:
-        state_dict: `optimizer.state_dict()`.
+        state_dict: `optimizer.state_dict()`, also of bitsandbytes' Adam and AdamW, both
+            of which decouple the decay.
         params: the parameters to train.
         learning_rate: the learning rate from now on of the first group that has
             parameters and a rate above 0: a number, a schedule of the step, or
@@ -117,7 +119,7 @@ def optimizer_from_torch_state_dict(
         >>> print(f"{updates['scale'][0]:.6f}")
         -0.000167
     """
-    state_dict = as_optimizer_state_dict(state_dict)
+    state_dict = decode_bitsandbytes(as_optimizer_state_dict(state_dict))
     problems = Problems("PyTorch's optimizer state does not fit:")
     table = torch_parameters(state_dict, params, names, rename, problems, skip)
     problems.raise_if_any()

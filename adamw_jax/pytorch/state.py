@@ -29,6 +29,8 @@ from .arrays import (
     to_array,
     to_tensor,
 )
+from .checkpoint import as_optimizer_state_dict
+from .eight_bit import decode_bitsandbytes, decode_blocks, encode_blocks
 from .groups import Parameter, get_betas, is_sgd, step_count
 from .names import Patterns, Rename, torch_parameters
 from .problems import Problems
@@ -80,10 +82,12 @@ def from_torch_state_dict(
     * `nu_max` must be that of `convention="torch"` or `"paper"`, not `"optax"`.
 
     Args:
-        state_dict: `optimizer.state_dict()`, of tensors or arrays, on any device.
+        state_dict: `optimizer.state_dict()`, of tensors or arrays, on any device; also
+            that of bitsandbytes' Adam and AdamW, whose moments are decoded to float32.
         state: the state of an optimizer of this package, of a chain with one,
             `freeze_leaves`, `scale_by_group` or Optax's clipping, or of `optax.adamw`
-            or `optax.sgd`; for example `tx.init(params)`. Other states with arrays
+            or `optax.sgd`; for example `tx.init(params)`. :func:`quantize_moments`
+            around it rounds the moments to the nearest code. Other states with arrays
             (`optax.MultiSteps`, `optax.inject_hyperparams`) are refused: fill the state
             of their inner optimizer and insert it.
         params: the parameters that `state` was made for.
@@ -143,6 +147,8 @@ def from_torch_state_dict(
 
     Source: PyTorch 2.13, `torch/optim/{optimizer,adam,sgd}.py`.
     """
+    state_dict = decode_bitsandbytes(as_optimizer_state_dict(state_dict))
+    original, state = state, decode_blocks(state)
     problems = Problems("PyTorch's optimizer state does not fit:")
     table = torch_parameters(state_dict, params, names, rename, problems, skip)
     arrays, counts = {}, {}
@@ -218,7 +224,7 @@ def from_torch_state_dict(
                     "no place (another optimizer, or a frozen leaf)",
                 )
     problems.raise_if_any()
-    return filled
+    return encode_blocks(filled, original, step)
 
 
 def to_torch_state_dict(
@@ -236,12 +242,13 @@ def to_torch_state_dict(
     """Makes the dict that `load_state_dict` of `torch.optim`'s optimizers accepts.
 
     The moments are copied bit for bit, to tensors of their own dtype; `load_state_dict`
-    casts them to that of PyTorch's parameters. `step` is a float32 scalar, as PyTorch
-    stores it. The groups are copies of `param_groups` with the hyperparameters of the
-    state: `lr`, `betas` or `momentum`, `weight_decay`. A state has one learning rate,
-    which is that of the first group it trains; the other groups keep their ratio to it.
-    The same holds for the decay, and a decay of 0 stays 0. A value that equals the
-    group's up to the state's float32 is left as it is.
+    casts them to that of PyTorch's parameters. Those of :func:`quantize_moments` become
+    float32, of which :func:`encode_bitsandbytes` makes bitsandbytes' state. `step` is a
+    float32 scalar, as PyTorch stores it. The groups are copies of `param_groups` with
+    the hyperparameters of the state: `lr`, `betas` or `momentum`, `weight_decay`. A
+    state has one learning rate, which is that of the first group it trains; the other
+    groups keep their ratio to it. The same holds for the decay, and a decay of 0 stays
+    0. A value that equals the group's up to the state's float32 is left as it is.
 
     **Schedules.** PyTorch's groups hold the values that the next step uses. A state
     holds those of the last update, which is the same for constants. Pass `tx` if a
@@ -332,7 +339,7 @@ def to_torch_state_dict(
                 )
         return node
 
-    map_states(read, state, problems)
+    map_states(read, decode_blocks(state), problems)
     following = state
     if tx is None:
         scheduled = any("initial_lr" in group for group in groups)
@@ -344,7 +351,7 @@ def to_torch_state_dict(
     else:  # after an update a state holds the values that it used
         zeros = jax.tree.map(jnp.zeros_like, params)
         _, following = tx.update(zeros, state, params)
-    trained = trained_groups(following, params, table, labels)
+    trained = trained_groups(decode_blocks(following), params, table, labels)
     updated = [update_group(group, trained, problems) for group in groups]
     problems.raise_if_any()
     states = {

@@ -25,7 +25,7 @@ from .._tree import (
     zeros_like_params,
 )
 from .bias_correction import BiasCorrection, LogProduct, beta_at, init_log_product
-from .rounding import stochastic_round
+from .rounding import init_key, step_key, stochastic_round
 
 AmsgradConvention = Literal["torch", "paper", "optax"]
 
@@ -39,11 +39,7 @@ def _is_narrow(dtype: Any) -> bool:
 
 def _step_key(key: Any, count: jax.Array) -> Any:
     """The random key of a step; None if nothing is rounded stochastically."""
-    if key is None:
-        return None
-    if jnp.issubdtype(key.dtype, jnp.floating):  # an average of two states
-        key = key.astype(jnp.uint32)
-    return jax.random.fold_in(key, schedule_step(count))
+    return None if key is None else step_key(key, count)
 
 
 def _cast_moments(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
@@ -188,7 +184,7 @@ def scale_by_adam(
             nu=zeros_like_params(params, nu_dtype, real=True),
             log_b1=init_log_product(b1, params),
             log_b2=init_log_product(b2, params),
-            key=jax.random.PRNGKey(seed) if rounds else None,
+            key=init_key(seed) if rounds else None,
         )
 
     def update(
@@ -387,7 +383,7 @@ def scale_by_amsgrad(
             nu_max=zeros_like_params(params, nu_dtype, real=True),
             log_b1=init_log_product(b1, params),
             log_b2=init_log_product(b2, params),
-            key=jax.random.PRNGKey(seed) if rounds else None,
+            key=init_key(seed) if rounds else None,
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

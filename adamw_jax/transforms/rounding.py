@@ -10,7 +10,19 @@ import optax
 from .._checks import check_params
 from .._dtypes import compute_dtype
 from .._transformation import Transformation
-from .._tree import increment, map_leaves
+from .._tree import increment, map_leaves, schedule_step
+
+
+def init_key(seed: int) -> jax.Array:
+    """A key for a state, as data: every format of checkpoints can store integers."""
+    return jax.random.key_data(jax.random.key(seed))
+
+
+def step_key(key: jax.Array, count: jax.Array) -> jax.Array:
+    """The key of a step, from the data in a state."""
+    if jnp.issubdtype(key.dtype, jnp.floating):  # an average of two states
+        key = key.astype(jnp.uint32)
+    return jax.random.fold_in(jax.random.wrap_key_data(key), schedule_step(count))
 
 
 def stochastic_round(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
@@ -112,9 +124,7 @@ def round_updates_stochastically(seed: int = 0) -> optax.GradientTransformation:
 
     def init(params):
         del params
-        return StochasticRoundingState(
-            jnp.zeros([], jnp.int32), jax.random.PRNGKey(seed)
-        )
+        return StochasticRoundingState(jnp.zeros([], jnp.int32), init_key(seed))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -127,7 +137,7 @@ def round_updates_stochastically(seed: int = 0) -> optax.GradientTransformation:
 # One program outside of jit, too, where each operation would be a dispatch.
 @functools.partial(jax.jit, inline=True)
 def _round_updates(updates, state, params):
-    key = jax.random.fold_in(state.key, state.count)
+    key = step_key(state.key, state.count)
 
     def leaf(i, u, p):
         if p.dtype == compute_dtype(p.dtype):

@@ -1,7 +1,6 @@
 """Eight-bit moments for any optimizer, quantized in blocks with a common scale."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,28 +8,33 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .._tree import compute_dtype, find_states, increment
+from .._tree import find_states, increment, path_string
+from ..transforms.rounding import init_key, step_key
 
 
 class Blocks(NamedTuple):
     """An array in eight bits; both fields have its axes, and so its sharding."""
 
     codes: jax.Array  # int8, or uint8 for non-negative values; the shape of the array
-    scale: jax.Array  # largest magnitude per block; shape: number of blocks per axis
+    # Largest magnitude per block, negative in a block with NaN or infinity; its shape:
+    # number of blocks per axis.
+    scale: jax.Array
 
 
 def _blocks_along(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
     """The number of blocks along each axis. Blocks fill the last axis first."""
     counts: list[int] = []
     for n in reversed(shape):
-        counts.append(-(-n // block_size))
-        block_size //= -(-n // counts[-1])
+        counts.append(-(-n // block_size))  # none along an empty axis
+        block_size //= -(-n // max(counts[-1], 1)) or 1
     return tuple(reversed(counts))
 
 
 def _split_blocks(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
     """Splits every axis into (blocks, values per block), padded with zeros."""
-    sizes = [-(-n // count) for n, count in zip(x.shape, counts, strict=True)]
+    sizes = [
+        -(-n // max(count, 1)) or 1 for n, count in zip(x.shape, counts, strict=True)
+    ]
     pairs = list(zip(counts, sizes, strict=True))
     padding = [c * size - n for n, (c, size) in zip(x.shape, pairs, strict=True)]
     if any(padding):
@@ -58,6 +62,21 @@ def _value(code: jax.Array, dtype: Any) -> jax.Array:
     """The magnitude of a code: (c / 127)^4, or (c / 255)^8 for unsigned codes."""
     value = jnp.square(jnp.square(code * (1 / jnp.iinfo(dtype).max)))
     return jnp.square(value) if dtype == jnp.uint8 else value
+
+
+# The two largest codes of a block with a negative scale stand for infinity and NaN. The
+# scale is larger there, so that its largest finite value has the code below these two.
+def _infinity_and_nan(dtype: Any) -> tuple[int, int]:
+    top = int(jnp.iinfo(dtype).max)
+    return top, top - 1
+
+
+def _scale_with_room(scale: jax.Array, dtype: Any) -> jax.Array:
+    top, info = int(jnp.iinfo(dtype).max), jnp.finfo(scale.dtype)
+    room = (top / (top - 2)) ** (8 if dtype == jnp.uint8 else 4)
+    # A scale must not be infinite itself, nor 0, which has no sign.
+    largest = jnp.minimum(scale, float(info.max) / (1.01 * room))
+    return jnp.maximum(largest * room, float(info.tiny))
 
 
 def quantize_blockwise(
@@ -89,10 +108,11 @@ def quantize_blockwise(
       block size divides the part of an axis that a device holds, no device needs values
       of another.
     * In uint8, positive values never round to zero, because Adam divides by them.
-    * One NaN or infinity makes all values of its block non-finite. -0 becomes 0.
+    * NaN and infinity stay what they are. The other values of the block keep a scale of
+      their own, negative as a sign, which costs them two of the codes. -0 becomes 0.
 
     Args:
-        x: float32 or float64, of any shape.
+        x: float32 or float64, of any shape, scalar or empty too.
         dtype: int8, or uint8 for non-negative values.
         block_size: the largest number of values in a block.
         bits: uint16 random bits, with the shape of x, for stochastic rounding between
@@ -120,7 +140,8 @@ def quantize_blockwise(
     _check_block_size(block_size)
     if dtype not in (jnp.int8, jnp.uint8):
         raise TypeError(f"dtype must be int8 or uint8, got {dtype!r}")
-    if x.dtype not in (jnp.float32, jnp.float64):
+    x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    if x.dtype not in _WIDE:
         raise TypeError(f"x must be float32 or float64, got {x.dtype}")
     if bits is not None and bits.dtype != jnp.uint16:
         raise TypeError(f"bits must be uint16, got {bits.dtype}")
@@ -129,10 +150,11 @@ def quantize_blockwise(
 
 def _quantize(x: Any, dtype: Any, counts: tuple[int, ...], bits: Any) -> Blocks:
     original, x = x, _split_blocks(x, counts)
-    magnitude = jnp.abs(x)
+    is_finite = jnp.isfinite(x)
+    magnitude = jnp.where(is_finite, jnp.abs(x), 0)
     scale = magnitude.max(_inner_axes(x), keepdims=True)
-    # XLA's maximum on a CPU drops NaN in larger arrays; a sum keeps it.
-    scale = scale + (magnitude * 0).sum(_inner_axes(x), keepdims=True)
+    marked = ~is_finite.all(_inner_axes(x), keepdims=True)
+    scale = jnp.where(marked, _scale_with_room(scale, dtype), scale)
     # XLA divides by multiplying with the reciprocal, 0 for the largest numbers.
     factor = jnp.where(scale > 2.0**100, 2.0**-100, jnp.ones_like(scale))
     y = magnitude * factor / jnp.where(scale > 0, scale * factor, 1)
@@ -147,8 +169,12 @@ def _quantize(x: Any, dtype: Any, counts: tuple[int, ...], bits: Any) -> Blocks:
     code = below + (y - low > threshold * (high - low)).astype(x.dtype)
     if dtype == jnp.uint8:
         code = jnp.maximum(code, (magnitude > 0).astype(x.dtype))
-    else:
+    infinity, nan = _infinity_and_nan(dtype)
+    code = jnp.where(marked, jnp.minimum(code, nan - 1), code)
+    code = jnp.where(is_finite, code, jnp.where(jnp.isnan(x), nan, infinity))
+    if dtype == jnp.int8:
         code = jnp.where(x < 0, -code, code)
+    scale = jnp.where(marked, -scale, scale)
     return Blocks(_join_blocks(code.astype(dtype), original), scale.reshape(counts))
 
 
@@ -163,9 +189,17 @@ def dequantize_blockwise(blocks: Blocks) -> jax.Array:
     """
     codes, scale = blocks
     code = _split_blocks(codes, scale.shape).astype(scale.dtype)
-    value = jnp.sign(code) * _value(code, codes.dtype)
-    return _join_blocks(value * jnp.expand_dims(scale, _inner_axes(code)), codes)
+    scale = jnp.expand_dims(scale, _inner_axes(code))
+    sign, magnitude = jnp.sign(code), jnp.abs(code)
+    value = sign * (_value(code, codes.dtype) * jnp.abs(scale))
+    infinity, nan = _infinity_and_nan(codes.dtype)
+    special = jnp.where(magnitude == infinity, sign * jnp.inf, jnp.nan)
+    value = jnp.where((scale < 0) & (magnitude >= nan), special, value)
+    return _join_blocks(value, codes)
 
+
+# The dtypes that are quantized. Moments stored below float32 and complex ones are not.
+_WIDE = (jnp.float32, jnp.float64)
 
 # The quantized fields of the states of Adam and its relatives, here and in Optax.
 MOMENTS = {"mu": jnp.int8, "trace": jnp.int8, "nu": jnp.uint8, "nu_max": jnp.uint8}
@@ -176,7 +210,7 @@ class QuantizedMomentsState(NamedTuple):
 
     inner_state: optax.OptState
     count: jax.Array | None = None  # int32 []: updates done; None without a key
-    key: jax.Array | None = None  # uint32 [2]
+    key: jax.Array | None = None  # uint32 [2], the data of a key
 
 
 def quantize_moments(
@@ -192,14 +226,22 @@ def quantize_moments(
     At every update the moments are dequantized, updated in float32 by the rule of
     `inner`, and quantized again. It wraps a whole optimizer or one link of a chain, and
     masks, phases and hyperparameters in the state work as before. It quantizes the
-    fields `mu`, `nu`, `nu_max` and `trace` of the inner states, except moments that are
-    already stored below float32 (`mu_dtype`).
+    fields `mu`, `nu`, `nu_max` and `trace` of the inner states, except those that are
+    stored below float32 (`mu_dtype`) or complex. The updates have the dtype that
+    `inner` gives them.
 
     The saving is in the memory between updates. During one, XLA holds float32 moments
     of the parameters that it is computing; on a CPU, of all parameters at once.
 
-    The code is described at :func:`quantize_blockwise`. The maximum of AMSGrad is
-    rounded to nearest, because a maximum of random roundings would grow.
+    The code is described at :func:`quantize_blockwise`. Conventions that bite:
+
+    * The maximum of AMSGrad is rounded to nearest, because a maximum of random
+      roundings would grow.
+    * NaN and infinity affect their own parameter only, as in float32. The square of a
+      gradient of 1e30 is infinite, so the updates of that parameter are zero from then
+      on; those of its block go on.
+    * Codes cannot be averaged, neither by `lax.pmean` nor over steps. An average that
+      `update` can recognize, because its codes are floats, is an error.
 
     Args:
         inner: an optimizer or transformation of this package or of Optax.
@@ -220,6 +262,7 @@ def quantize_moments(
     Raises:
         ValueError: block_size or min_size is less than 1; or, at `init`, the state of
             `inner` has none of these fields.
+        TypeError: at `update`, codes are not int8 or uint8.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -239,11 +282,11 @@ def quantize_moments(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        def store(path, x):
-            name = _moment(path)
-            wide = hasattr(x, "dtype") and x.dtype == compute_dtype(x.dtype)
+        def store(path, leaf):
+            name, x = _moment(path), leaf.get_value() if _is_variable(leaf) else leaf
+            wide = getattr(x, "dtype", None) in _WIDE
             if name is None or not wide or x.size < min_size:
-                return x
+                return leaf
             # Otherwise XLA folds the quantization of constant zeros, for minutes.
             x = lax.optimization_barrier(x)
             return quantize_blockwise(x, MOMENTS[name], block_size=block_size)
@@ -254,11 +297,13 @@ def quantize_moments(
                 f"there is nothing to quantize: the state of inner must have a field "
                 f"{', '.join(MOMENTS)}, got {type(state).__name__}"
             )
-        state = jax.tree_util.tree_map_with_path(store, state)
+        state = jax.tree_util.tree_map_with_path(store, state, is_leaf=_is_variable)
         if not stochastic_rounding:
             return QuantizedMomentsState(state)
         return QuantizedMomentsState(
-            state, jnp.zeros([], jnp.int32), jax.random.PRNGKey(seed)
+            state,
+            jnp.zeros([], jnp.int32),
+            init_key(seed),
         )
 
     def update(
@@ -266,7 +311,7 @@ def quantize_moments(
     ) -> tuple[Any, Any]:
         inner_state, count, key = state
         if key is not None:
-            step_key = jax.random.fold_in(key, count)
+            of_step = step_key(key, count)
             count = increment(count)
         numbers: dict[tuple, int] = {}  # of the parameters, by path
 
@@ -274,18 +319,28 @@ def quantize_moments(
             """Stores the new value as the old one was stored."""
             if not _is_blocks(old):
                 return new
-            old, bits, name = _as_blocks(old), None, _moment(path)
+            bits, name = None, _moment(path)
+            owner = _owner(path, name)
+            if name == "mu" and owner in second_moments:
+                # Finite mu over infinite nu is 0, and the block need not span such mu.
+                is_zero = jnp.isinf(second_moments[owner]) & jnp.isfinite(new)
+                new = jnp.where(is_zero, 0, new)
             if key is not None and name != "nu_max":
                 # One draw of 32 bits serves both moments of a parameter.
-                owner = tuple(k for k in path if k != jax.tree_util.GetAttrKey(name))
                 number = numbers.setdefault(owner, len(numbers))
-                bits = _random_bits(jax.random.fold_in(step_key, number), new.shape)
+                words = jax.random.key_data(jax.random.fold_in(of_step, number))
+                bits = _random_bits(words, new.shape)
                 bits = (bits >> (16 if name == "nu" else 0)).astype(jnp.uint16)
             return _quantize(new, old.codes.dtype, old.scale.shape, bits)
 
         updates, new_state = inner.update(
-            updates, _decode(inner_state), params, **extra_args
+            updates, decode_moments(inner_state), params, **extra_args
         )
+        second_moments = {
+            _owner(path, "nu"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(new_state)
+            if _moment(path) == "nu"
+        }
         new_state = jax.tree_util.tree_map_with_path(
             store, inner_state, new_state, is_leaf=_is_blocks
         )
@@ -319,29 +374,46 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mix(mix(number ^ key[0]) + key[1])
 
 
+def _is_variable(x: Any) -> bool:
+    """A Variable of Flax NNX; nnx.Optimizer makes its own of the arrays of blocks."""
+    return hasattr(x, "get_value") and not isinstance(x, jax.Array)
+
+
 def _is_blocks(x: Any) -> bool:
-    """Whether x is a `Blocks`, also as the mapping that nnx.Optimizer makes of it."""
-    if isinstance(x, Mapping) and set(x) == set(Blocks._fields):
-        codes = x["codes"]
-        return getattr(codes, "dtype", None) in (jnp.int8, jnp.uint8)
     return isinstance(x, Blocks)
 
 
-def _as_blocks(x: Any) -> Blocks:
-    return x if isinstance(x, Blocks) else Blocks(**x)
+def decode_moments(state: Any) -> Any:
+    """Replaces all blocks of a state by their values."""
+
+    def decode(path, x):
+        if not _is_blocks(x):
+            return x
+        x = Blocks(*jax.tree.leaves(x))  # without the Variables of nnx.Optimizer
+        if x.codes.dtype not in (jnp.int8, jnp.uint8):
+            raise TypeError(
+                f"the codes of {path_string(path)} must be int8 or uint8, got "
+                f"{x.codes.dtype}: states in eight bits cannot be averaged or cast"
+            )
+        return dequantize_blockwise(x)
+
+    return jax.tree_util.tree_map_with_path(decode, state, is_leaf=_is_blocks)
 
 
-def _decode(state: Any) -> Any:
-    def decode(x):
-        return dequantize_blockwise(_as_blocks(x)) if _is_blocks(x) else x
-
-    return jax.tree.map(decode, state, is_leaf=_is_blocks)
+def encode_like(old: Blocks, x: jax.Array) -> Blocks:
+    """Quantizes an array as an old one was, rounded to nearest."""
+    return _quantize(x, old.codes.dtype, old.scale.shape, None)
 
 
 def _moment(path: tuple) -> str | None:
     """The field of the state that a leaf is in, if that is a moment."""
     names = (k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey))
     return next((name for name in names if name in MOMENTS), None)
+
+
+def _owner(path: tuple, name: str | None) -> tuple:
+    """The path of a moment without its name: the same for all moments of a leaf."""
+    return tuple(k for k in path if k != jax.tree_util.GetAttrKey(name))
 
 
 def _has_moments(x: Any) -> bool:

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -59,6 +61,7 @@ class Packed:
     """
 
     def __init__(self, buffers: dict[str, Any], leaves: list[Any], layout: _Layout):
+        _register_with_flax()
         self.buffers = buffers
         self.leaves = leaves
         self._layout = layout
@@ -112,6 +115,10 @@ class Packed:
             buffers[buffer] = values[first]
         return Packed(buffers, [values[i] for i in layout.unpacked], layout)
 
+    def __contains__(self, key: Any) -> bool:
+        """Whether the original tree has this key; Flax's TrainState asks for one."""
+        return key in self._layout.treedef.unflatten(self._layout.structs)
+
     def __repr__(self):
         layout = self._layout
         lines = [f"{len(layout.paths)} leaves, {len(self.leaves)} of them not packed"]
@@ -134,6 +141,65 @@ def _from_children(layout: _Layout, children: Any) -> Packed:
 
 
 jax.tree_util.register_pytree_with_keys(Packed, _with_keys, _from_children)
+
+
+# ---------------------------------------------------------------------------
+# flax.serialization
+# ---------------------------------------------------------------------------
+
+_is_registered = False
+
+
+def _register_with_flax() -> None:
+    """Makes flax.serialization save :class:`Packed`, as soon as Flax is imported."""
+    global _is_registered
+    flax = sys.modules.get("flax.serialization")
+    if not _is_registered and hasattr(flax, "register_serialization_state"):
+        flax.register_serialization_state(Packed, _to_state_dict, _from_state_dict)
+        _is_registered = True
+
+
+def _to_state_dict(packed: Packed) -> dict[str, Any]:
+    from flax import serialization
+
+    parts = {"buffers": packed.buffers, "leaves": packed.leaves}
+    return serialization.to_state_dict(parts) | {"layout": _describe(packed._layout)}
+
+
+def _from_state_dict(target: Packed, state_dict: dict[str, Any]) -> Packed:
+    from flax import serialization
+
+    if "layout" not in state_dict:
+        raise ValueError(
+            "the state dict must be that of a packed tree: restore it into "
+            "unpack(target), and pack the result with pack_like"
+        )
+    expected, saved = _describe(target._layout), state_dict["layout"]
+    if expected != saved:
+        rows = zip_longest(expected.split("\n"), saved.split("\n"), fillvalue="nothing")
+        row = next(pair for pair in rows if pair[0] != pair[1])
+        raise ValueError(
+            f"the state dict was packed in another way: expected {row[0]}, got {row[1]}"
+        )
+    parts = {"buffers": target.buffers, "leaves": target.leaves}
+    parts = serialization.from_state_dict(
+        parts, {name: state_dict[name] for name in parts}
+    )
+    return Packed(parts["buffers"], parts["leaves"], target._layout)
+
+
+def _describe(layout: _Layout) -> str:
+    """One line a leaf, so that buffers of equal sizes are not taken for each other."""
+    rows = zip(layout.paths, layout.structs, layout.names, strict=True)
+    return "\n".join(
+        f"{path} {struct.shape} in {name or 'a leaf of its own'}"
+        for path, struct, name in rows
+    )
+
+
+# ---------------------------------------------------------------------------
+# packing and unpacking
+# ---------------------------------------------------------------------------
 
 
 def _spread(packed: Packed, split: Any, others: list[Any]) -> Any:
@@ -180,13 +246,16 @@ def pack(params: Any, *masks: Any, max_size: int = 2**16) -> Packed:
 
     * Save and restore `unpack(params)` and `unpack(state)`. They are plain trees, those
       of training without packing; :func:`pack_like` packs them again.
+    * `flax.serialization` saves packed trees too, and restores them into trees with the
+      same leaves in the same buffers. Import it before the tree that it saves is made.
     * Buffers are padded with zeros to a multiple of 1,024. The padding has zero
       gradients, moments and updates, unless a rule computes 0 / 0 (an eps of 0).
+    * Floating-point leaves are packed; complex, integer and bool leaves stay apart.
     * A sharded leaf is not packed. A buffer may be sharded over devices afterwards,
       like the moments of a state; reading its `tree` gathers it.
 
     Args:
-        params: a tree of arrays; None leaves are allowed.
+        params: a tree of arrays, or of numbers; None leaves are allowed.
         *masks: the masks (or labels) that transformations will use, such as the `mask`
             of :func:`adamw_jax.adamw`: trees, prefixes, or functions from params to
             either. Leaves on which they differ go into different buffers.
@@ -196,6 +265,7 @@ def pack(params: Any, *masks: Any, max_size: int = 2**16) -> Packed:
         A :class:`Packed`, whose `tree` is the original.
 
     Raises:
+        TypeError: a leaf is neither an array nor a number.
         ValueError: a mask does not have the structure of the parameters, or max_size is
             negative.
 
@@ -224,7 +294,7 @@ def pack(params: Any, *masks: Any, max_size: int = 2**16) -> Packed:
     if max_size < 0:
         raise ValueError(f"max_size must be at least 0, got {max_size!r}")
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for _, leaf in flat]
+    leaves = [_as_array(path_string(path), leaf) for path, leaf in flat]
     columns = [
         treedef.flatten_up_to(broadcast(f"masks[{i}]", mask, params))
         for i, mask in enumerate(masks)
@@ -305,8 +375,8 @@ def pack_like(tree: Any, like: Any) -> Any:
                 f"{describe_mismatch('tree', sub, structs)}"
             ) from None
         leaves = [
-            x if hasattr(x, "dtype") or _is_hidden(x) else jnp.asarray(x)
-            for x in leaves
+            x if hasattr(x, "dtype") or _is_hidden(x) else _as_array(path, x)
+            for path, x in zip(layout.paths, leaves, strict=True)
         ]
         for path, x, struct in zip(layout.paths, leaves, layout.structs, strict=True):
             if not _is_hidden(x) and x.shape != struct.shape:
@@ -333,6 +403,18 @@ def _pack(leaves: list[Any], layout: _Layout) -> Packed:
         parts.append(jnp.zeros(-size % _MULTIPLE, dtypes[0]))
         buffers[name] = jnp.concatenate(parts)
     return Packed(buffers, [leaves[i] for i in layout.unpacked], layout)
+
+
+def _as_array(path: str, x: Any) -> Any:
+    """An array in a dtype that JAX has: without x64, float64 in NumPy is float32."""
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return jnp.asarray(x)
+    except TypeError:
+        raise TypeError(
+            f"leaf {path} must be an array or a number, got {x!r}"
+        ) from None
 
 
 def _is_hidden(x: Any) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import core, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -291,6 +291,54 @@ def test_the_view_of_many_at_once():
     assert trees["dense"]["kernel"].shape == (3, 3, 4)
 
 
+NET = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        None,
+        {"a": None, "b": []},
+        jnp.ones(3),
+        {"number": 1.5, "int": 3, "bool": True, "complex": 1 + 2j},
+        {
+            "complex": jnp.array([1 + 2j, 3j]),
+            "int": jnp.arange(3),
+            "bool": jnp.array([True]),
+            "bfloat16": jnp.ones(2, jnp.bfloat16),
+            "fp8": jnp.ones(2, jnp.float8_e4m3fn),
+            "numpy": np.ones(2, np.float32),
+        },
+        core.freeze({"a": {"b": jnp.ones(2)}}),
+        nnx.state(NET, nnx.Param),
+        NET,
+    ],
+    ids=lambda tree: type(tree).__name__,
+)
+def test_kinds_of_trees_and_leaves(tree):
+    """Floats are packed, all other leaves kept; each comes back as it was."""
+    packed = aj.pack(tree)
+    for back in (packed.tree, aj.unpack({"x": packed})["x"]):
+        compare(back, jax.tree.map(jnp.asarray, tree))
+    compare(aj.pack_like(tree, packed), packed)
+    kept = {x.dtype.kind for x in packed.leaves}
+    assert kept <= set("bic")
+
+
+def test_numpy_leaves_have_the_dtype_that_they_get():
+    """Without x64 float64 is float32, so these two share a buffer."""
+    packed = aj.pack({"a": np.ones(3), "b": jnp.ones(2), "c": np.float64(2)})
+    assert list(packed.buffers) == ["float32"]
+    np.testing.assert_array_equal(packed.buffers["float32"][:6], [1, 1, 1, 1, 1, 2])
+
+
+def test_a_key_of_a_packed_dict():
+    """As Flax's TrainState asks for it."""
+    packed = aj.pack({"a": jnp.ones(3)})
+    assert "a" in packed and "b" not in packed
+
+
 # ---------------------------------------------------------------------------
 # on two devices
 # ---------------------------------------------------------------------------
@@ -380,6 +428,14 @@ def test_a_misspelled_mask():
         aj.pack(params_of(), True, {"dense": True})
     with pytest.raises(ValueError, match="max_size must be at least 0, got -1"):
         aj.pack(params_of(), max_size=-1)
+
+
+def test_leaves_that_are_no_arrays():
+    for leaf in ("x", object(), jax.ShapeDtypeStruct((2,), jnp.float32)):
+        with pytest.raises(TypeError, match="leaf a/b must be an array or a number"):
+            aj.pack({"a": {"b": leaf}})
+    with pytest.raises(TypeError, match="leaf a must be an array or a number, got 'x'"):
+        aj.pack_like({"a": "x"}, aj.pack({"a": jnp.ones(2)}))
 
 
 def test_trees_that_do_not_fit():
