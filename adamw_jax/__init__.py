@@ -40,6 +40,10 @@ Memory
     pack_like: thousands of small leaves in a few buffers. quantize_moments,
     quantize_blockwise, dequantize_blockwise: moments in eight bits.
 
+Flax
+    nnx.Optimizer, linen.TrainState: Flax's, on top of update_and_apply. Both modules
+    import Flax; the rest of the library does not.
+
 PyTorch checkpoints
     optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
     PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
@@ -47,6 +51,7 @@ PyTorch checkpoints
     flax_layout: the axes of kernels.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from . import lr_finder as lr_finder
@@ -122,3 +127,9 @@ try:
     __version__ = version("adamw_jax")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    if name in ("linen", "nnx"):  # the modules that import Flax, at their first use
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
