@@ -53,6 +53,7 @@ PyTorch checkpoints
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from . import lr_finder as lr_finder
 from ._transformation import Transformation as Transformation
@@ -129,7 +130,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in ("linen", "nnx"):  # the modules that import Flax, at their first use
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

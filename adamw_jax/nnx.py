@@ -42,7 +42,7 @@ class Optimizer(nnx.Optimizer):
         (True, 5)
     """
 
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Updates the parameters of the model, the optimizer state and `step` in place.
 
         Args:
