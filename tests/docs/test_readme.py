@@ -102,7 +102,7 @@ def blocks(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
-def test_code_blocks(page, lenient, monkeypatch):
+def test_code_blocks(page, lenient, monkeypatch, tmp_path):
     """In order, with a model's parameters and gradients, and a checkpoint."""
     tree = {"body": {"kernel": jnp.ones(2)}, "head": {"bias": jnp.ones(2)}}
     named = [("body.weight", torch.ones(2)), ("head.bias", torch.ones(2))]
@@ -112,7 +112,7 @@ def test_code_blocks(page, lenient, monkeypatch):
     }
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: checkpoint)
     names = {"params": tree, "grads": tree, "aj": aj, "optax": optax, "jax": jax}
-    names["cycle"] = aj.one_cycle(3e-3, steps=100)
+    names |= {"cycle": aj.one_cycle(3e-3, steps=100), "path": tmp_path / "checkpoint"}
     names["loss"] = lambda params: sum(x.sum() for x in jax.tree.leaves(params))
     for block in blocks(page):
         exec(block, names)
