@@ -45,7 +45,7 @@ test-all: $(VENV)/test.stamp
 	$(PYTEST) --hypothesis-profile full
 
 # The library's quick tests with the lowest versions of jax, Optax, NumPy and Flax, in an
-# environment of its own.
+# environment of its own; for Python 3.11 or 3.12, as NumPy 2.0.
 test-floor: $(FLOOR)/stamp
 	$(FLOOR)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
 		-m "not slow" adamw_jax tests/adamw_jax
