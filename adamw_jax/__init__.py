@@ -43,6 +43,10 @@ Memory
 Optax's states
     from_optax_state, to_optax_state: a run of Optax goes on here, and back.
 
+Flax
+    nnx.Optimizer, linen.TrainState: Flax's, on top of update_and_apply. Both modules
+    import Flax; the rest of the library does not.
+
 PyTorch checkpoints
     optimizer_from_torch_state_dict, phases_from_torch_scheduler: continue a run of
     PyTorch. from_torch_state_dict, to_torch_state_dict: optimizer states.
@@ -52,7 +56,9 @@ PyTorch checkpoints
     optimizers.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from . import lr_finder as lr_finder
 from ._transformation import Transformation as Transformation
@@ -137,3 +143,9 @@ try:
     __version__ = version("adamw_jax")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("linen", "nnx"):  # the modules that import Flax, at their first use
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,7 +42,7 @@ root = Path("." if Path("train").is_dir() else "..").resolve()
 if "google.colab" in sys.modules:
     root, jax = Path("adamw_jax").resolve(), f"jax=={version('jax')}"
     # !test -d {root} || git clone --quiet --depth 1 {REPOSITORY} {root}
-    # %pip install --quiet --editable "{root}[train]" {jax}
+    # %pip install --quiet -c {root}/constraints.txt -e "{root}[train]" {jax}
 sys.path.insert(0, str(root))
 
 # %%

@@ -40,9 +40,9 @@ from IPython.display import Image
 REPOSITORY = "https://github.com/OWNER/adamw_jax"
 root = Path("." if Path("train").is_dir() else "..").resolve()
 if "google.colab" in sys.modules:
-    root = Path("adamw_jax").resolve()
+    root, jax = Path("adamw_jax").resolve(), f"jax=={version('jax')}"
     # !test -d {root} || git clone --quiet --depth 1 {REPOSITORY} {root}
-    # %pip install --quiet --editable "{root}[train]" "jax=={version('jax')}"
+    # %pip install --quiet -c {root}/constraints.txt -e "{root}[train]" {jax}
 sys.path.insert(0, str(root))
 
 # %%

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.experimental
 import jaxlib
 import numpy as np
 import pytest
@@ -41,6 +42,9 @@ for name, value in CONFIG.items():
     jax.config.update(name, value)
     if name != "jax_num_cpu_devices":
         os.environ[name.upper()] = str(value)  # for the commands that tests start
+
+if not hasattr(jax, "enable_x64"):  # before jax 0.8
+    jax.enable_x64 = jax.experimental.enable_x64
 
 # The workers share the cores: one thread each for XLA and PyTorch.
 os.environ["XLA_FLAGS"] = (

@@ -23,7 +23,10 @@ CORE += [
 ]
 EXTRAS = [
     f"adamw_jax.{name}"
-    for name in ("wrappers", "pytorch", "fused", "lr_finder", "optax_state")
+    for name in (
+        *("wrappers", "pytorch", "fused", "lr_finder", "optax_state"),
+        *("nnx", "linen"),
+    )
 ]
 
 
@@ -144,6 +147,15 @@ def test_the_core_imports_no_extra(path):
     }
     assert all((LIBRARY / n).is_dir() or (LIBRARY / f"{n}.py").exists() for n in names)
     assert not within(imported, EXTRAS)
+
+
+@pytest.mark.parametrize("path", sources("adamw_jax"), ids=name)
+def test_only_two_modules_need_flax(path):
+    """The package imports them at their first use."""
+    if path.stem not in ("nnx", "linen"):
+        assert not within(
+            imports_of(path), ["flax", "adamw_jax.nnx", "adamw_jax.linen"]
+        )
 
 
 @pytest.mark.parametrize(

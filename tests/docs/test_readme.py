@@ -116,7 +116,7 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(checkpoint, "checkpoint.pt")
     names = {"params": tree, "grads": tree, "aj": aj, "optax": optax, "jax": jax}
-    names["cycle"] = aj.one_cycle(3e-3, steps=100)
+    names |= {"cycle": aj.one_cycle(3e-3, steps=100), "path": tmp_path / "checkpoint"}
     names["loss"] = lambda params: sum(x.sum() for x in jax.tree.leaves(params))
     names["train"] = lambda *args: None
     return names | {"rngs": nnx.Rngs(0)}

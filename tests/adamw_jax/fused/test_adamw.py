@@ -18,6 +18,7 @@ from ways import (
     calls_kernel,
     draws,
     needs_kernel,
+    needs_xla_of_jax_0_10,
     program,
     trajectory,
 )
@@ -510,6 +511,7 @@ def test_clipped_with_moments_in_eight_bits(lenient):
 
 
 @needs_kernel
+@needs_xla_of_jax_0_10
 def test_the_clipped_gradient_is_not_written():
     """The kernel multiplies; what it is given is the gradient itself."""
     p = draws(100_003, 0)

@@ -56,10 +56,11 @@ def test_one_leaf(size, p_dtype, g_dtype):
             ulp = ULP[x.dtype.name]
             bound = {"rtol": 0.51 * ulp if ulp > 1e-3 else 4 * ulp, "atol": 4e-7}
             np.testing.assert_allclose(np.asarray(x, np.float64), exact, **bound)
-            # XLA contracts the same products today: equal to the bit, but for bad luck
+            # XLA of jax 0.10 contracts the same products: equal bits, but for bad luck
             x, theirs = (np.asarray(z, np.float64) for z in (x, theirs))
             np.testing.assert_allclose(x, theirs, rtol=2 * ulp, atol=4e-7)
-            assert (x != theirs).mean() <= 0.01 if size > 1000 else True
+            if size > 1000 and jax.__version_info__ >= (0, 10):
+                assert (x != theirs).mean() <= 0.01
 
 
 @needs_kernel

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import compiled_update
 from tiers import examples
+from ways import needs_xla_of_jax_0_10
 
 import adamw_jax as aj
 
@@ -205,6 +206,7 @@ def test_the_derivative_of_clipping_in_pytorch(x64):
         )
 
 
+@needs_xla_of_jax_0_10
 def test_clipping_adds_one_read_of_the_gradients():
     """XLA materialises the gradients that Optax clips; ours are only read."""
     size = 100_000

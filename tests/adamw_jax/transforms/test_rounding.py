@@ -1,5 +1,7 @@
 """Low precision: stochastic rounding of moments and of updates."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -137,7 +139,7 @@ def test_random_bits_of_updates_differ_between_leaves_and_steps():
         assert 0.3 < float((one == other).mean()) < 0.7
 
 
-@jax.jit(static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def every_rounding(x, dtype):
     """Of each x by all 2^16 bits: the least, the greatest, how often the greatest."""
     bits = jnp.arange(2**16, dtype=jnp.uint16)

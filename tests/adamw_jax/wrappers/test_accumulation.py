@@ -11,7 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from tiers import matrix
 
 import adamw_jax as aj
@@ -207,8 +207,10 @@ def primitives(jaxpr, inside=False):
     """Pairs of a primitive's name and whether it is in the branch of a cond."""
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name, inside
-        for inner in jaxprs_in_params(eqn.params):
-            yield from primitives(inner, inside or eqn.primitive.name == "cond")
+        for inner in jax.tree.leaves(eqn.params):
+            if isinstance(inner, Jaxpr | ClosedJaxpr):
+                inner = getattr(inner, "jaxpr", inner)
+                yield from primitives(inner, inside or eqn.primitive.name == "cond")
 
 
 @both_ways
