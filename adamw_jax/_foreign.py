@@ -56,6 +56,7 @@ SGD = OPTIMIZER | {
 }
 
 _RATE = ("lr", "lr_max", "max_lr", "peak_lr", "peak_value", "init_value")
+_RATE += ("initial_learning_rate",)
 _MOMENTA = ("moms", "momentum", "base_momentum", "max_momentum")
 _STEPS = ("total_steps", "num_steps", "transition_steps", "decay_steps", "max_iters")
 _SCHEDULE = {
@@ -117,7 +118,8 @@ PHASE = _SCHEDULE | {
     "betas": "pass b1 and b2",
     "lr_decay": "pass learning_rate=(start, end, kind)",
     "momentum_decay": "pass b1=(start, end, kind)",
-    **dict.fromkeys(("opt_fn", "wd_loss"), "choose the optimizer, which has one rule"),
+    "opt_fn": "leave it out, the optimizer is not part of a phase",
+    "wd_loss": "set l2 or weight_decay of the optimizer instead",
 }
 
 
