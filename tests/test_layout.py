@@ -15,7 +15,7 @@ LIBRARY = ROOT / "adamw_jax"
 # The library's core, which knows none of its extras.
 CORE_FILES = (
     *("optimizers", "hyperparams", "masks", "apply"),
-    *("_tree", "_checks", "_foreign", "_transformation"),
+    *("_tree", "_checks", "_dtypes", "_foreign", "_transformation"),
 )
 CORE = [LIBRARY / f"{name}.py" for name in CORE_FILES]
 CORE += [
