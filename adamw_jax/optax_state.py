@@ -94,9 +94,9 @@ def to_optax_state(
     Args:
         state: the state of an optimizer of this package.
         optax_state: that of the optimizer of Optax that continues, such as
-            `tx.init(params)`. Its `mu_dtype` must be that of our moments; the second
-            moments of bfloat16 parameters, which Optax stores in bfloat16, must be so
-            here, with `nu_dtype`.
+            `tx.init(params)`. It must hold our moments without rounding. Optax stores
+            them in the dtype of the parameters; `mu_dtype="params"` and
+            `nu_dtype="params"` do so here.
 
     Returns:
         The new state of Optax.

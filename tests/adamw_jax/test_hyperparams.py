@@ -622,6 +622,7 @@ def test_errors_name_the_groups():
         aj.with_hyperparams(lambda group: optax.scale(group), group=1.0)
 
 
+@pytest.mark.slow
 def test_groups_of_an_optimizer_of_pytorch():
     """One group's rate changes: PyTorch's optimizer, and the one built from it."""
     torch = pytest.importorskip("torch")
