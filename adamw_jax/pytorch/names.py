@@ -278,11 +278,9 @@ def _match(
 
 def _finder(leaves: set[str]) -> Callable[[str], tuple[list[str], list[str]]]:
     """From a path to the leaves that it could be, and to those that there are."""
-    # PyTorch's `0.weight` is `layers/0/kernel` in nnx.Sequential, `layers_0/kernel` in
-    # Linen's.
-    by_index = collections.defaultdict(list)
+    plain_leaves = collections.defaultdict(list)
     for leaf in sorted(leaves):
-        by_index[_without_layers(leaf)].append(leaf)
+        plain_leaves[_as_in_torch(leaf)].append(leaf)
 
     def find(path):
         path = path if path in leaves else path.replace(".", "/")
@@ -291,14 +289,19 @@ def _finder(leaves: set[str]) -> Callable[[str], tuple[list[str], list[str]]]:
         candidates += [module + slash + other for other in _LEAF_NAMES.get(last, ())]
         matches = [path for path in candidates if path in leaves]
         if not matches:
-            plain = map(_without_layers, candidates)
-            matches = [leaf for path in plain for leaf in by_index.get(path, ())]
+            plain = map(_as_in_torch, candidates)
+            matches = [leaf for path in plain for leaf in plain_leaves.get(path, ())]
         return candidates, matches
 
     return find
 
 
-def _without_layers(path: str) -> str:
+def _as_in_torch(path: str) -> str:
+    """Without what only Flax has: its names in Sequential, and Linen's collections.
+
+    PyTorch's `0.weight` is `layers/0/kernel` in NNX, `params/layers_0/kernel` in Linen.
+    """
+    path = re.sub(r"^(params|batch_stats)/", "", path)
     return re.sub(r"(?<![^/])layers[/_](?=\d+/)", "", path)
 
 
@@ -310,7 +313,7 @@ def _hints(missing: list[str], rename: Rename, leaves: set[str]) -> Iterator[str
     for leaf in leaves:
         parts = leaf.split("/")
         for i in range(1, len(parts)):
-            end = _without_layers("/".join(parts[i:]))
+            end = _as_in_torch("/".join(parts[i:]))
             ends[end].append("/".join(parts[:i]) + "/")
     for name in missing:
         parts = name.split(".")
@@ -318,7 +321,7 @@ def _hints(missing: list[str], rename: Rename, leaves: set[str]) -> Iterator[str
             _, matches = find(_renamed(rename, name, ".".join(parts[i:])))
             dropped[".".join(parts[:i]) + "."] += len(matches) == 1
         candidates, _ = find(_renamed(rename, name, name))
-        plain = map(_without_layers, candidates)
+        plain = map(_as_in_torch, candidates)
         added.update({prefix for path in plain for prefix in ends.get(path, ())})
     most = max(dropped.values(), default=0)
     if most and 2 * most >= len(leaves):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen
 from hypothesis import given
 from tiers import examples
 
@@ -214,7 +215,7 @@ def test_no_hint_where_little_would_fit():
 
 
 # ---------------------------------------------------------------------------
-# Sequential
+# what only Flax has
 # ---------------------------------------------------------------------------
 
 
@@ -229,6 +230,37 @@ def test_sequential(flax, inside):
     fc = {f"{inside}0.weight": np.ones((3, 2)), f"{inside}0.bias": np.full(3, 2.0)}
     read = aj.params_from_torch_state_dict(fc, params)
     assert sorted(float(x.max()) for x in _leaves(read)) == [1.0, 2.0]
+
+
+def test_variables_of_linen(lenient):
+    """Parameters and statistics, in collections."""
+
+    class Flax(linen.Module):
+        def setup(self):
+            self.stem = linen.Sequential([linen.Dense(3), linen.relu])
+            self.norm = linen.BatchNorm(use_running_average=True)
+
+        def __call__(self, x):
+            return self.norm(self.stem(x))
+
+    net = torch.nn.ModuleDict(
+        {"stem": torch.nn.Sequential(torch.nn.Linear(2, 3)), "norm": _norm()}
+    )
+    variables = jax.eval_shape(Flax().init, jax.random.key(0), jnp.ones((1, 2)))
+    read = aj.params_from_torch_state_dict(net.state_dict(), variables)
+    x = torch.tensor([[1.0, 2.0], [-3.0, 0.5]])
+    theirs = net.eval()["norm"](torch.relu(net["stem"](x))).detach()
+    ours = Flax().apply(read, jnp.array(x))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    back = aj.params_to_torch_state_dict(read, net.state_dict())
+    assert all(torch.equal(x, net.state_dict()[name]) for name, x in back.items())
+
+
+def _norm():
+    norm = torch.nn.BatchNorm1d(3)
+    for i, x in enumerate(norm.state_dict().values()):
+        x.copy_(torch.arange(x.numel()).reshape(x.shape) + i + 1)
+    return norm
 
 
 def test_an_index_prefers_the_leaf_of_its_name():
