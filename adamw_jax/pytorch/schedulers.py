@@ -47,7 +47,7 @@ _REFUSED = {
         "its cycles as Phases"
     ),
     "anneal_epochs": "SWALR: build its annealing as Phases",
-    "step_size_up": "OneCycleLR in PyTorch before 1.7: use one_cycle_torch",
+    "step_size_up": "OneCycleLR in PyTorch before 1.8: use one_cycle_torch",
     "_schedulers": (
         "ChainedScheduler, whose schedulers act on each other: pass the product of "
         "their factors to the optimizer as a schedule"
@@ -71,7 +71,7 @@ def phases_from_torch_scheduler(
     the step before; phases compute each from its step. The two differ by rounding, in
     100,000 steps by less than 1e-10 of the base rate.
 
-    * `OneCycleLR` with all options, of PyTorch 1.7 and later;
+    * `OneCycleLR` with all options, of PyTorch 1.8 and later;
     * `CosineAnnealingLR`, which rises again after `T_max`, and
       `CosineAnnealingWarmRestarts`, stepped without an epoch;
     * `StepLR`, `MultiStepLR`, `ConstantLR`, `LinearLR`, `PolynomialLR` and
