@@ -240,7 +240,7 @@ def test_phases_from_a_scheduler(total, anneal, three_phase):
 @pytest.mark.parametrize("anneal", ["cos", "linear"])
 @pytest.mark.parametrize("version", ["1.8", "2.2"])
 def test_states_with_the_function_that_anneals(version, anneal):
-    """Those of PyTorch 1.8 to 2.2; a bound method before 2.0."""
+    """Those of PyTorch 1.8 to 2.2; in 1.8 a bound method."""
     make_scheduler = lambda opt: lr_scheduler.OneCycleLR(  # noqa: E731
         opt, [0.3, 0.1], 50, anneal_strategy=anneal
     )
@@ -513,10 +513,10 @@ REFUSED = {
             steps=30,
         )
     ),
-    "the learning_rate of one group does not give .* CosineAnnealingLR": lambda: read(
+    "have no constant ratio under this CosineAnnealingLR: .*the list to": lambda: read(
         lambda opt: lr_scheduler.CosineAnnealingLR(opt, 9, 1e-3), steps=9
     ),
-    "the b1 of one group does not give": lambda: read(
+    "b1 differs between the groups under this OneCycleLR": lambda: read(
         lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, 9, base_momentum=[0.8, 0.7])
     ),
     # arguments
