@@ -2,58 +2,23 @@
 
 import itertools
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..schedules.cycles import phases_until
 from ..schedules.phases import Phase, Phases
 from .groups import is_sgd
-
-# What a state has beside the base class's values: a state does not name its class.
-_OWN_KEYS = {
-    "StepLR": {"step_size", "gamma"},
-    "MultiStepLR": {"milestones", "gamma"},
-    "ConstantLR": {"factor", "total_iters"},
-    "LinearLR": {"start_factor", "end_factor", "total_iters"},
-    "ExponentialLR": {"gamma"},
-    "PolynomialLR": {"total_iters", "power"},
-    "CosineAnnealingLR": {"T_max", "eta_min"},
-    "CosineAnnealingWarmRestarts": {"T_0", "T_i", "T_mult", "eta_min", "T_cur"},
-    "SequentialLR": {"_milestones", "_schedulers"},
-    "OneCycleLR": {"total_steps", "_schedule_phases", "cycle_momentum"},
-}
-# PyTorch 1.0 to 2.13; private ones that are not here change no rate.
-_SHARED_KEYS = {"base_lrs", "last_epoch", "verbose", "use_beta1", "anneal_func"}
-_ENDLESS = (
-    *("StepLR", "ExponentialLR"),
-    *("CosineAnnealingLR", "CosineAnnealingWarmRestarts"),
+from .ramps import (
+    check_clock,
+    check_count,
+    find_endless,
+    find_kind,
+    iterate_ramps,
+    join,
+    take,
 )
-# Schedulers that are refused: a key that only they have, and the way out.
-_REFUSED = {
-    "lr_lambdas": (
-        "LambdaLR or MultiplicativeLR, which do not store their functions: pass a "
-        "schedule to the optimizer, such as lambda step: base_lr * lr_lambda(step), "
-        "with jax.numpy"
-    ),
-    "num_bad_epochs": (
-        "ReduceLROnPlateau, which follows a metric: continue with the learning rate of "
-        "the groups, and lower it with override_hyperparams"
-    ),
-    "max_lrs": (
-        "CyclicLR, which may scale its cycles by a function that is not stored: build "
-        "its cycles as Phases"
-    ),
-    "anneal_epochs": "SWALR: build its annealing as Phases",
-    "step_size_up": "OneCycleLR in PyTorch before 1.7: use one_cycle_torch",
-    "_schedulers": (
-        "ChainedScheduler, whose schedulers act on each other: pass the product of "
-        "their factors to the optimizer as a schedule"
-    ),
-}
-_MOST_PHASES = 10_000
 
 
 def phases_from_torch_scheduler(
@@ -71,7 +36,7 @@ def phases_from_torch_scheduler(
     the step before; phases compute each from its step. The two differ by rounding, in
     100,000 steps by less than 1e-10 of the base rate.
 
-    * `OneCycleLR` with all options, of PyTorch 1.7 and later;
+    * `OneCycleLR` with all options, of PyTorch 1.8 and later;
     * `CosineAnnealingLR`, which rises again after `T_max`, and
       `CosineAnnealingWarmRestarts`, stepped without an epoch;
     * `StepLR`, `MultiStepLR`, `ConstantLR`, `LinearLR`, `PolynomialLR` and
@@ -128,15 +93,15 @@ def phases_from_torch_scheduler(
     for name, value in (("steps", steps), ("updates_per_step", updates_per_step)):
         if value is not None and (int(value) != value or value < 1):
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    kind, done = _kind(state), int(state["last_epoch"])
+    kind, done = find_kind(state), int(state["last_epoch"])
     if kind == "SequentialLR":
-        _check_clock(state, done)
+        check_clock(state, done)
     last = math.inf if steps is None else math.ceil(steps / updates_per_step)
     if done >= last:
         raise ValueError(
             f"steps must be more than the {done * updates_per_step} done, got {steps!r}"
         )
-    if last == math.inf and (endless := _endless(state)):
+    if last == math.inf and (endless := find_endless(state)):
         raise ValueError(
             "steps, the number of updates in the whole run, must be given, because "
             f"{endless} never ends"
@@ -147,7 +112,7 @@ def phases_from_torch_scheduler(
             phases = _one_cycle(state, param_groups[i])
         else:
             base = _base_rate(state, i, len(param_groups))
-            phases = _join(_take(_ramps(state, base), last))
+            phases = join(take(iterate_ramps(state, base), last))
         _check_rate(kind, phases.at(done), param_groups[i], done)
         return phases
 
@@ -180,11 +145,6 @@ def first_learning(groups: Sequence[Mapping[str, Any]]) -> int:
     return next((i for i, group in enumerate(groups) if learns(group)), 0)
 
 
-# ---------------------------------------------------------------------------
-# which scheduler it is, and where
-# ---------------------------------------------------------------------------
-
-
 def _as_state(scheduler: Any) -> Mapping[str, Any]:
     if not isinstance(scheduler, Mapping) and hasattr(scheduler, "state_dict"):
         scheduler = scheduler.state_dict()
@@ -208,33 +168,6 @@ def _check_groups(groups: Any) -> None:
         )
 
 
-def _kind(state: Mapping[str, Any]) -> str:
-    """The class of the scheduler that the state is of."""
-    private = set().union(*_OWN_KEYS.values())
-    own = {
-        key
-        for key in state
-        if key not in _SHARED_KEYS and (key in private or not key.startswith("_"))
-    }
-    for kind, keys in _OWN_KEYS.items():
-        if own == keys and "last_epoch" in state:
-            return kind
-    for key, reason in _REFUSED.items():
-        if key in own:
-            raise ValueError(f"the scheduler is not supported, {reason}")
-    raise ValueError(
-        "scheduler_state_dict must be that of a scheduler of PyTorch, got "
-        f"{', '.join(map(str, state)) or 'an empty one'}"
-    )
-
-
-def _endless(state: Mapping[str, Any]) -> str | None:
-    """The name of the scheduler that never ends, if there is one."""
-    if (kind := _kind(state)) == "SequentialLR":
-        return _endless(state["_schedulers"][-1])
-    return kind if kind in _ENDLESS else None
-
-
 def _base_rate(state: Mapping[str, Any], group: int, groups: int) -> float:
     """The learning rate from which the scheduler started in a group."""
     while "_schedulers" in state:
@@ -246,30 +179,6 @@ def _base_rate(state: Mapping[str, Any], group: int, groups: int) -> float:
             f"{groups}"
         )
     return float(rates[group])
-
-
-def _check_clock(state: Mapping[str, Any], step: int, ahead: int = 0) -> None:
-    """Raises unless the running scheduler of a SequentialLR is at its own step.
-
-    PyTorch steps a SequentialLR within another once more, when that is made, so that
-    its milestones come one step early, and those within it two.
-    """
-    milestones = state["_milestones"]
-    if sorted(milestones) != list(milestones):
-        raise ValueError(f"the milestones must be in order, got {milestones}")
-    now = step + ahead
-    i = bisect_right(milestones, now)
-    running = state["_schedulers"][i]
-    if i == 0 and _kind(running) == "SequentialLR":
-        _check_clock(running, step, ahead + 1)
-        return
-    expected = step - max(milestones[i - 1] - ahead, 0) if i else step
-    if state["last_epoch"] != now or running["last_epoch"] != expected:
-        raise ValueError(
-            f"scheduler {i} of the SequentialLR, a {_kind(running)}, must be at step "
-            f"{expected} of its own, got {running['last_epoch']}: it was stepped by "
-            "hand, or is nested in a way of older versions of PyTorch"
-        )
 
 
 def _check_rate(
@@ -302,201 +211,15 @@ def _check_ratio(kind: str, phases: Phases, other: Phases, step: int) -> None:
         peaks = first.max(), second.max()
         ratio = peaks[1] / peaks[0] if name == "learning_rate" and peaks[0] else 1.0
         if not np.allclose(second, ratio * first, rtol=1e-9, atol=1e-12 * peaks[1]):
-            raise ValueError(
-                f"the {name} of one group does not give those of the others under this "
-                f"{kind}: read the phases of each group with group=..., and pass the "
-                "list to optimizer_from_torch_state_dict"
+            problem = (
+                "the learning rates of the groups have no constant ratio"
+                if name == "learning_rate"
+                else f"{name} differs between the groups"
             )
-
-
-# ---------------------------------------------------------------------------
-# ramps, in steps of the scheduler
-# ---------------------------------------------------------------------------
-
-
-class _Ramp(NamedTuple):
-    """A phase that only drives the learning rate; the last one may be for ever."""
-
-    steps: float
-    value: Any
-
-
-def _ramps(state: Mapping[str, Any], base: float, ahead: int = 0) -> Iterator[_Ramp]:
-    """The ramps of any scheduler but OneCycleLR, as long as they go."""
-    kind = _kind(state)
-    if kind == "SequentialLR":
-        yield from _sequential(state, base, ahead)
-    elif kind == "StepLR":
-        yield from _steps(base, float(state["gamma"]), _whole(state, "step_size"))
-    elif kind == "ExponentialLR":
-        yield from _exponential(base, float(state["gamma"]))
-    elif kind == "MultiStepLR":
-        begin = 0
-        milestones = state["milestones"]  # how often by step, since PyTorch 1.0
-        for milestone in sorted(milestones, key=int):
-            if int(milestone) > begin:
-                yield _Ramp(int(milestone) - begin, base)
-                begin = int(milestone)
-            base *= float(state["gamma"]) ** milestones[milestone]
-        yield _Ramp(math.inf, base)
-    elif kind == "ConstantLR":
-        factor = float(state["factor"])
-        if factor == 0:
-            raise ValueError("factor must be > 0: PyTorch divides by it at total_iters")
-        yield _Ramp(_whole(state, "total_iters"), base * factor)
-        yield _Ramp(math.inf, base)
-    elif kind == "LinearLR":
-        end = base * float(state["end_factor"])
-        ramp = (base * float(state["start_factor"]), end)
-        yield _Ramp(_whole(state, "total_iters"), ramp)
-        yield _Ramp(math.inf, end)
-    elif kind == "PolynomialLR":
-        power = float(state["power"])
-        end = base if power == 0 else 0.0
-        yield _Ramp(_whole(state, "total_iters"), (base, end, "polynomial", power))
-        yield _Ramp(math.inf, end)
-    elif kind == "CosineAnnealingLR":
-        low, length = float(state["eta_min"]), _positive(state, "T_max")
-        for _ in itertools.count():
-            yield _Ramp(length, (base, low, "cosine"))
-            yield _Ramp(length, (low, base, "cosine"))
-    elif kind == "CosineAnnealingWarmRestarts":
-        yield from _restarts(state, base)
-    else:
-        raise ValueError(f"{kind} in a SequentialLR is not supported")
-
-
-def _positive(state: Mapping[str, Any], key: str) -> float:
-    value = float(state[key])
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} of the scheduler must be > 0, got {state[key]!r}")
-    return value
-
-
-def _whole(state: Mapping[str, Any], key: str) -> int:
-    value = _positive(state, key)
-    if value % 1:
-        raise ValueError(f"{key} of the scheduler must be whole, got {state[key]!r}")
-    return int(value)
-
-
-def _steps(rate: float, gamma: float, size: int) -> Iterator[_Ramp]:
-    if size == 1:
-        yield from _exponential(rate, gamma)
-        return
-    while rate and gamma != 1:
-        yield _Ramp(size, rate)
-        rate *= gamma  # as PyTorch does; it underflows to 0
-    yield _Ramp(math.inf, rate)
-
-
-def _exponential(rate: float, gamma: float) -> Iterator[_Ramp]:
-    """As far as the rate is a normal number, or to the last step that phases have."""
-    if gamma > 0 and gamma != 1 and rate > 0:
-        end = 1e-300 if gamma < 1 else 1e300
-        length = int(math.log(end / rate) / math.log(gamma))
-        length = max(1, min(length, 2**30))
-        yield _Ramp(length, (rate, rate * gamma**length, "exponential"))
-        rate = 0.0 if gamma < 1 else rate * gamma**length
-    elif gamma != 1:
-        yield _Ramp(1, rate)
-        rate *= gamma
-    yield _Ramp(math.inf, rate)
-
-
-def _restarts(state: Mapping[str, Any], base: float) -> Iterator[_Ramp]:
-    if state["T_cur"] % 1 or (
-        isinstance(state["T_cur"], float) and state["T_mult"] == 1
-    ):
-        raise ValueError(
-            "CosineAnnealingWarmRestarts was stepped by fractions of an epoch "
-            f"(T_cur={state['T_cur']!r}): use cosine_restarts with epochs and "
-            "steps_per_epoch"
-        )
-    length = _whole(state, "T_0")
-    while True:
-        yield _Ramp(length, (base, float(state["eta_min"]), "cosine"))
-        length *= int(state["T_mult"])
-
-
-def _sequential(state: Mapping[str, Any], base: float, ahead: int) -> Iterator[_Ramp]:
-    """Each scheduler starts again from the base rate at its milestone."""
-    begin = 0
-    ends = [max(milestone - ahead, 0) for milestone in state["_milestones"]]
-    for i, scheduler in enumerate(state["_schedulers"]):
-        if i and _kind(scheduler) == "SequentialLR":
             raise ValueError(
-                "a SequentialLR in another must be its first scheduler: PyTorch cannot "
-                "start it at a milestone"
+                f"{problem} under this {kind}: read the phases of each group, with "
+                "group=..., and pass the list to optimizer_from_torch_state_dict"
             )
-        end = ends[i] if i < len(ends) else math.inf
-        yield from _cut(_ramps(scheduler, base, ahead + 1), end - begin)
-        begin = end
-
-
-def _cut(ramps: Iterator[_Ramp], steps: float) -> Iterator[_Ramp]:
-    """The ramps of the first steps."""
-    for ramp in ramps:
-        if steps <= ramp.steps:
-            if steps > 0:
-                yield from _shorten(ramp, steps)
-            return
-        yield ramp
-        steps -= ramp.steps
-
-
-def _shorten(ramp: _Ramp, steps: float) -> Iterable[_Ramp]:
-    """The beginning of a ramp; one step at a time, if that is no ramp."""
-    if steps == ramp.steps or not isinstance(ramp.value, tuple):
-        return [ramp._replace(steps=steps)]
-    start, end, *kind = ramp.value
-    if not kind:
-        return [_Ramp(steps, (start, start + (end - start) * (steps / ramp.steps)))]
-    if _is_exponential(ramp):
-        new_end = start * (end / start) ** (steps / ramp.steps)
-        return [_Ramp(steps, (start, new_end, *kind))]
-    _check_count(steps)
-    rates = _join([ramp]).schedule("learning_rate")(np.arange(steps))
-    return [_Ramp(1, rate) for rate in rates]
-
-
-def _take(ramps: Iterator[_Ramp], steps: float) -> list[_Ramp]:
-    """The ramps that cover the steps; the last one may go on after them."""
-    taken: list[_Ramp] = []
-    for ramp in ramps:
-        _check_count(len(taken) + 1)
-        if ramp.steps == math.inf:
-            taken.append(ramp._replace(steps=1 if steps == math.inf else steps))
-            break
-        if ramp.steps > steps and _is_exponential(ramp):
-            (ramp,) = _shorten(ramp, steps)
-        taken.append(ramp)
-        steps -= ramp.steps
-        if steps <= 0:
-            break
-    return taken
-
-
-def _is_exponential(ramp: _Ramp) -> bool:
-    return isinstance(ramp.value, tuple) and "exponential" in ramp.value
-
-
-def _check_count(phases: float) -> None:
-    if phases > _MOST_PHASES:
-        raise ValueError(
-            f"the schedule needs more than {_MOST_PHASES} phases: pass a function of "
-            "the step to the optimizer"
-        )
-
-
-def _join(ramps: list[_Ramp]) -> Phases:
-    for ramp in ramps[:-1]:
-        if ramp.steps % 1:
-            raise ValueError(
-                "the lengths in a scheduler must be whole, unless the run ends within "
-                f"the first: got {ramp.steps!r}"
-            )
-    return Phases([Phase(steps=r.steps, learning_rate=r.value) for r in ramps])
 
 
 def _hold(phases: Phases, updates: int, steps: int) -> Phases:
@@ -506,7 +229,7 @@ def _hold(phases: Phases, updates: int, steps: int) -> Phases:
         (list(run), dict(zip(phases.names, row, strict=True)))
         for row, run in itertools.groupby(zip(*values, strict=True))
     ]
-    _check_count(len(runs))
+    check_count(len(runs))
     return Phases([Phase(steps=updates * len(run), **row) for run, row in runs])
 
 
@@ -523,7 +246,7 @@ def _one_cycle(state: Mapping[str, Any], group: Mapping[str, Any]) -> Phases:
             "param_groups must be those that the OneCycleLR drives, which have max_lr, "
             f"got {', '.join(map(str, group))}"
         )
-    # Up to PyTorch 2.2 a function, which has the name of the method.
+    # Older versions of PyTorch store the function, which has the name of the method.
     anneal = state.get("_anneal_func_type") or getattr(
         state.get("anneal_func"), "__name__", ""
     ).removeprefix("_annealing_")
@@ -535,9 +258,8 @@ def _one_cycle(state: Mapping[str, Any], group: Mapping[str, Any]) -> Phases:
     kind = "cosine" if anneal == "cos" else "linear"
 
     def ramp(phase, key):
-        return *(
-            float(group[phase[f"{side}_{key}"]]) for side in ("start", "end")
-        ), kind
+        start, end = (float(group[phase[f"{side}_{key}"]]) for side in ("start", "end"))
+        return start, end, kind
 
     ends, ramps = [], []
     for phase in state["_schedule_phases"]:

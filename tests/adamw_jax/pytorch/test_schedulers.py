@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from tiers import examples, matrix
 from torch.optim import lr_scheduler
 
@@ -189,6 +189,14 @@ def one_cycles(draw):
 
 
 @given(one_cycles(), st.sampled_from([torch.optim.SGD, torch.optim.Adam]))
+@example(({"max_lr": 0.3, "total_steps": 30, "pct_start": 1.0}, 3), torch.optim.SGD)
+@example(
+    (
+        {"max_lr": 0.3, "total_steps": 30, "pct_start": 0.8, "three_phase": True},
+        25,
+    ),
+    torch.optim.SGD,
+)
 @examples(300)
 def test_one_cycle(case, cls):
     options, saved_at = case
@@ -232,7 +240,7 @@ def test_phases_from_a_scheduler(total, anneal, three_phase):
 @pytest.mark.parametrize("anneal", ["cos", "linear"])
 @pytest.mark.parametrize("version", ["1.8", "2.2"])
 def test_states_with_the_function_that_anneals(version, anneal):
-    """Those of PyTorch 1.8 to 2.2; a bound method before 2.0."""
+    """Those of PyTorch 1.8 to 2.2; in 1.8 a bound method."""
     make_scheduler = lambda opt: lr_scheduler.OneCycleLR(  # noqa: E731
         opt, [0.3, 0.1], 50, anneal_strategy=anneal
     )
@@ -313,8 +321,9 @@ def test_stepped_once_per_epoch(name):
     optimizer, scheduler = make(COMPILED[name])
     step(scheduler, 11)
     phases = aj.phases_from_torch_scheduler(
-        *save(optimizer, scheduler), steps=7 * 80, updates_per_step=7
+        *save(optimizer, scheduler), steps=7 * 80 - 3, updates_per_step=7
     )
+    assert phases.total_steps == 7 * 80
     for epoch in range(11, 80):
         rate, momentum = values(optimizer)[0]
         for update in (7 * epoch, 7 * epoch + 6):
@@ -339,6 +348,36 @@ def test_the_first_group_that_learns():
     groups[1]["params"], groups[0]["lr"] = [], 1.0
     with pytest.raises(ValueError, match="the learning_rate of the group is 1, but"):
         aj.phases_from_torch_scheduler(state, groups)
+
+
+def test_phases_are_ramps_where_they_can_be():
+    """What a milestone or the end cuts off stays one phase."""
+    optimizer, scheduler = make(
+        lambda opt: lr_scheduler.SequentialLR(
+            opt,
+            [
+                lr_scheduler.LinearLR(opt, 0.5, total_iters=10),
+                lr_scheduler.ExponentialLR(opt, 0.25),
+                lr_scheduler.StepLR(opt, 1, 0.5),
+            ],
+            [4, 6],
+        )
+    )
+    phases = aj.phases_from_torch_scheduler(*save(optimizer, scheduler), steps=8)
+    assert str(phases).splitlines()[1:] == [
+        "0-3    0.05 -> 0.07 linear",
+        "4-5    0.1 -> 0.00625 exponential",
+        "6-7    0.1 -> 0.025 exponential",
+    ]
+
+
+def test_lengths_of_restarts():
+    optimizer, scheduler = make(
+        lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3, 4)
+    )
+    step(scheduler, 20)
+    phases = aj.phases_from_torch_scheduler(*save(optimizer, scheduler), steps=40)
+    assert phases.durations == (3, 12, 48)
 
 
 def test_the_last_values_persist():
@@ -428,7 +467,7 @@ REFUSED = {
     ),
     "ChainedScheduler, .* the product": lambda: read(chained),
     "SWALR: build": lambda: read(lambda opt: torch.optim.swa_utils.SWALR(opt, 0.5)),
-    "OneCycleLR in PyTorch before 1.7: use one_cycle_torch": lambda: read(
+    "OneCycleLR in PyTorch before 1.8: use one_cycle_torch": lambda: read(
         one_cycle, change=lambda s, g: s.update(step_size_up=3.0, step_size_down=6.0)
     ),
     "OneCycleLR in a SequentialLR": lambda: read(
@@ -474,10 +513,10 @@ REFUSED = {
             steps=30,
         )
     ),
-    "the learning_rate of one group does not give .* CosineAnnealingLR": lambda: read(
+    "have no constant ratio under this CosineAnnealingLR: .*the list to": lambda: read(
         lambda opt: lr_scheduler.CosineAnnealingLR(opt, 9, 1e-3), steps=9
     ),
-    "the b1 of one group does not give": lambda: read(
+    "b1 differs between the groups under this OneCycleLR": lambda: read(
         lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, 9, base_momentum=[0.8, 0.7])
     ),
     # arguments
