@@ -104,6 +104,20 @@ ROWS = [
         "test_get_the_count_of_a_scheduled_optimizer",
     ),
     Difference(
+        "`adam`, `adamw`, `amsgrad`, `sgd`: the structure of the state",
+        "a tuple, of which `state[0]` are the moments",
+        "that tuple is `state.inner_state`, beside the hyperparameters",
+        '`optax.tree.get(state, "mu")` finds the moments in both',
+        "test_structure_of_the_state",
+    ),
+    Difference(
+        '`inject_hyperparams(adamw)` and `optax.tree.get(state, "learning_rate")`',
+        "the rate",
+        "KeyError: the rate is also in the inner state; use `state.hyperparams`",
+        "there is no need to wrap them",
+        "test_get_the_learning_rate_that_is_injected_around",
+    ),
+    Difference(
         "schedules for `learning_rate`, `b1` and `weight_decay`",
         "five counters with `inject_hyperparams`",
         "two",

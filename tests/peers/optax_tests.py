@@ -1,17 +1,19 @@
 """Optax's own tests against this library: `python tests/peers/optax_tests.py`.
 
-The wheel of Optax contains its tests. They run twice, a process for each file: as they
-are, and with our functions in place of Optax's wherever Optax's modules import them, so
-that its other optimizers and wrappers are built from ours, too. Counted are the tests
-that pass with Optax's functions here and call one of ours; the failures are listed
-with their errors. Nothing of the tests is copied.
+The wheel of Optax contains its tests. They run here with our functions in place of
+Optax's wherever a module of Optax imports them, so that its other optimizers and its
+wrappers are built of ours, too. Counted are the tests that call one of our functions,
+except those that fail with Optax's functions as well. A failure that follows from a row
+of `peers.differences` is listed with it; any other fails the command. Nothing of the
+tests is copied.
 
-    python tests/peers/optax_tests.py                     # all files, 10 minutes
-    python tests/peers/optax_tests.py alias_test -k adamw # some of them
+    python tests/peers/optax_tests.py                      # writes the result page
+    python tests/peers/optax_tests.py combine alias -k adamw # prints it only
+
+All of them take 30 minutes of one core.
 """
 
 import argparse
-import collections
 import functools
 import json
 import os
@@ -20,33 +22,46 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
 import pytest
+from tabulate import tabulate
 
-import adamw_jax as aj
-
+ROOT = Path(__file__).absolute().parents[2]
+FOLDER = Path(optax.__file__).parent
+PAGE = ROOT / "docs" / "results" / "optax" / "own_tests.md"
+ENVIRONMENT = {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    # Nearly all of the time is for compiling.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
 NAMES = (
     *("adam", "adamw", "amsgrad", "sgd"),
     *("scale_by_adam", "scale_by_amsgrad", "trace", "add_decayed_weights"),
     *("scale_by_learning_rate", "clip_by_global_norm", "chain", "apply_updates"),
 )
-FOLDER = Path(optax.__file__).parent
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    # As many as the tests of sharding ask for.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+# Tests of Optax that fail because of a difference, which its check names: the last
+# part of the test's id, without the number of its parameters.
+EXPECTED = {
+    "test_rms_match_adam": "test_first_update_in_float32",
+    "test_schedule_free_adamw": "test_first_update_in_float32",
+    "test_mu_dtype_controls_moment_dtype": "test_dtype_of_moments_by_default",
+    "test_explicit_dtype": "test_dtype_of_moments_by_default",
+    "test_adam": "test_structure_of_the_state",
+    "test_map_non_params_to_none": "test_structure_of_the_state",
+    "test_inject_hparams": "test_structure_of_the_state",
+    "test_masked_state_structure": "test_structure_of_the_state",
+    "test_tree_get": "test_get_the_learning_rate_that_is_injected_around",
+    "test_tree_set": "test_get_the_learning_rate_that_is_injected_around",
+    "test_tree_get_all_with_path": "test_get_the_learning_rate_that_is_injected_around",
 }
 
 
-def files() -> list[Path]:
-    """Optax's files of tests that could call one of the functions."""
-    words = re.compile(rf"\b({'|'.join(NAMES)}|alias|combine|contrib|transform)\b")
-    tests = sorted(FOLDER.rglob("*_test.py"), key=lambda path: path.stat().st_size)
-    return [path for path in tests if words.search(path.read_text("utf-8"))]
+# ---- in the process that runs a file -------------------------------------------------
 
 
 class Calls:
@@ -55,8 +70,8 @@ class Calls:
     def __init__(self):
         self.names: set[str] = set()
 
-    def note(self, name, function):
-        """The function, which notes that it was called."""
+    def noting(self, name: str, function: Any) -> Any:
+        """The function; calling it notes the name."""
 
         @functools.wraps(function)
         def noted(*args, **kwargs):
@@ -65,83 +80,81 @@ class Calls:
 
         return noted
 
-    def ours(self, name):
-        """Our function of this name; what it builds notes its calls, too."""
-        function = getattr(aj, name)
-        if name == "apply_updates":
-            return self.note(name, function)
+    def noting_transformation(self, name: str, factory: Any) -> Any:
+        """The factory; calling it, or what it has built, notes the name."""
 
-        @functools.wraps(function)
+        @functools.wraps(factory)
         def build(*args, **kwargs):
             self.names.add(name)
-            tx = function(*args, **kwargs)
-            init, update = self.note(name, tx.init), self.note(name, tx.update)
-            return type(tx)(init, update, **getattr(tx, "__dict__", {}))
+            tx = factory(*args, **kwargs)
+            attributes = getattr(tx, "__dict__", {})
+            init, update = self.noting(name, tx.init), self.noting(name, tx.update)
+            return type(tx)(init, update, **attributes)
 
         return build
 
-    def replace(self):
-        """Replaces the functions in all of Optax's modules, and not in ours."""
-        original = types.ModuleType("optax")
-        original.__dict__.update(vars(optax))
-        replacements = {id(getattr(optax, name)): self.ours(name) for name in NAMES}
-        for module_name, module in list(sys.modules.items()):
-            if module_name.split(".")[0] == "adamw_jax" and hasattr(module, "optax"):
-                module.optax = original
-            if module_name.split(".")[0] == "optax":
+    def replace(self) -> None:
+        """Replaces the functions in every module of Optax, but not as we see them."""
+        import adamw_jax
+
+        before = types.ModuleType("optax")
+        before.__dict__.update(vars(optax))
+        ours = {}
+        for name in NAMES:
+            function = getattr(adamw_jax, name)
+            note = (
+                self.noting if name == "apply_updates" else self.noting_transformation
+            )
+            ours[id(getattr(optax, name))] = note(name, function)
+        for path, module in list(sys.modules.items()):
+            package = path.split(".")[0]
+            if package == "adamw_jax" and hasattr(module, "optax"):
+                module.optax = before
+            if package == "optax":
                 for key, value in list(vars(module).items()):
-                    if id(value) in replacements:
-                        setattr(module, key, replacements[id(value)])
+                    if id(value) in ours:
+                        setattr(module, key, ours[id(value)])
 
 
 class Results:
-    """A plugin of pytest that collects each test's calls, outcome and error."""
+    """A plugin of pytest that collects calls, outcome and error of each test."""
 
-    def __init__(self, calls):
+    def __init__(self, calls: Calls):
         self.calls = calls
-        self.tests: dict[str, dict] = {}
+        self.tests: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, outcome: str, error: str = "") -> None:
+        """The first failure of a test, or of one of its subtests, is its result."""
+        result = self.tests.setdefault(name, {"outcome": outcome, "error": error})
+        if outcome != "passed" and result["outcome"] != "failed":
+            result |= {"outcome": outcome, "error": error}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.calls.names.clear()
-        yield
-        result = self.tests[item.nodeid]
-        result["calls"] = sorted(self.calls.names)
-        return True
+        result = yield
+        self.tests[item.nodeid]["calls"] = sorted(self.calls.names)
+        return result
+
+    def pytest_runtest_logreport(self, report):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        error = str(report.longrepr) if crash is None else crash.message
+        self.add(report.nodeid, report.outcome, error)
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self.tests["collection"] = {
-                "outcome": "failed",
-                "error": str(report.longrepr)[-400:],
-                "trace": "",
-                "calls": [],
-            }
-
-    def pytest_runtest_logreport(self, report):
-        result = self.tests.setdefault(
-            report.nodeid, {"outcome": "passed", "error": "", "trace": ""}
-        )
-        if report.outcome == "passed" or result["outcome"] == "failed":
-            return
-        result["outcome"] = report.outcome
-        crash = getattr(report.longrepr, "reprcrash", None)
-        if crash is not None:
-            result["error"] = crash.message
-            result["trace"] = f"{crash.path}:{crash.lineno}"
-        else:
-            result["error"] = str(report.longrepr)[-300:]
+            self.add("", "failed", str(report.longrepr).strip().splitlines()[-1])
 
 
 class Version(str):
-    """A version that is compared by numbers; Optax's tests compare "0.10" < "0.7"."""
+    """A version that compares by numbers; Optax's tests find "0.10" < "0.7"."""
 
     def __lt__(self, other):
         return [*map(int, self.split("."))] < [*map(int, other.split("."))]
 
 
 def run_here(path: str, output: str, ours: bool, options: list[str]) -> None:
-    """Runs one file in this process and writes its results."""
+    """Runs a file in this process, and writes the results of its tests."""
     jax.__version__ = Version(jax.__version__)
     calls = Calls()
     if ours:
@@ -152,13 +165,28 @@ def run_here(path: str, output: str, ours: bool, options: list[str]) -> None:
     Path(output).write_text(json.dumps(results.tests), "utf-8")
 
 
-def run(path: Path, ours: bool, options: list[str]) -> dict[str, dict]:
+# ---- in the command ------------------------------------------------------------------
+
+
+def files(parts: list[str]) -> list[Path]:
+    """Optax's files of tests that could call our functions, the shortest first."""
+    words = re.compile(rf"\b({'|'.join(NAMES)}|alias|combine|contrib|transform)\b")
+    tests = sorted(FOLDER.rglob("*_test.py"), key=lambda path: path.stat().st_size)
+    return [
+        path
+        for path in tests
+        if words.search(path.read_text("utf-8"))
+        and (not parts or any(part in path.name for part in parts))
+    ]
+
+
+def run(path: Path, ours: bool, select: str) -> dict[str, dict[str, Any]]:
     """Results of the tests of one file, by their ids, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.json"
+        arguments = ["--run", str(path), str(output), str(int(ours)), "-k", select]
         done = subprocess.run(
-            [sys.executable, __file__, "--run", str(path), str(output), str(int(ours))],
-            input=json.dumps(options),
+            [sys.executable, __file__, *arguments],
             cwd=ROOT,
             env=os.environ | ENVIRONMENT,
             capture_output=True,
@@ -169,51 +197,85 @@ def run(path: Path, ours: bool, options: list[str]) -> dict[str, dict]:
         return json.loads(output.read_text("utf-8"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--run", nargs=3)
-    parser.add_argument("--json")
-    parser.add_argument("-k", default="")
-    parser.add_argument("names", nargs="*")
+def results_of(path: Path, select: str) -> dict[str, dict[str, Any]]:
+    """The tests of a file that call our functions and pass with Optax's."""
+    found = run(path, True, select)
+    failed = [name for name, test in found.items() if test["outcome"] == "failed"]
+    if "" in found:  # the file cannot be imported: all of its tests fail
+        theirs = run(path, False, select)
+        found = {name: found[""] | {"calls": ["import"]} for name in theirs}
+    elif failed:
+        theirs = run(path, False, " or ".join({n.split("::")[-1] for n in failed}))
+    return {
+        name: test
+        for name, test in found.items()
+        if test.get("calls")
+        and (test["outcome"] != "failed" or theirs[name]["outcome"] == "passed")
+    }
+
+
+def expected(name: str) -> str:
+    """The check of the difference that makes a test of Optax fail, or nothing."""
+    return EXPECTED.get(name.split("::")[-1].rstrip("0123456789"), "")
+
+
+def report(tests: dict[str, dict[str, Any]]) -> str:
+    """The page: how many tests pass in each file, and why the others do not."""
+    from peers.differences import DIFFERENCES
+
+    counts: dict[str, Counter] = {}
+    for name, test in tests.items():
+        counts.setdefault(name.split("::")[0], Counter())[test["outcome"]] += 1
+    total = sum(counts.values(), Counter())
+    rows = [
+        (name, count.total(), count["passed"], count["failed"], count["skipped"])
+        for name, count in sorted({**counts, "all": total}.items())
+    ]
+    reasons = []
+    for name, test in tests.items():
+        if test["outcome"] == "failed":
+            row = DIFFERENCES.get(expected(name))
+            error = (test["error"].strip().splitlines() or [""])[0][:100]
+            reason = (
+                f"{row.function}: {row.here}" if row else f"**unexpected**: {error}"
+            )
+            reasons.append((name.split("/")[-1], reason))
+    version = f"Optax {optax.__version__}, jax {jax.__version__}"
+    return "\n\n".join(
+        [
+            f"{total.total()} tests of {version}, call our functions: "
+            f"{total['passed']} pass, {total['failed']} fail.",
+            tabulate(rows, ["file", "call ours", "pass", "fail", "skip"], "pipe"),
+            "Those that fail, and the difference that makes them fail:",
+            tabulate(reasons, ["test", "difference"], "pipe"),
+        ]
+    )
+
+
+def main() -> int:
+    """Runs the files that are named, or all, and reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help="parts of the names of files")
+    parser.add_argument("-k", default="", help="which tests, as for pytest")
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         path, output, ours = args.run
-        run_here(path, output, ours == "1", json.load(sys.stdin))
-        return
-    everything = {}
-    for path in files():
-        name = path.relative_to(FOLDER).as_posix()
-        if args.names and not any(n in name for n in args.names):
-            continue
-        found = run(path, True, ["-k", args.k] if args.k else [])
-        failed = [k for k, v in found.items() if v["outcome"] == "failed"]
-        if "collection" in found:
-            theirs = run(path, False, ["-k", args.k] if args.k else [])
-        elif failed:
-            theirs = run(
-                path, False, ["-k", " or ".join({k.split("::")[-1] for k in failed})]
-            )
-        else:
-            theirs = {}
-        if "collection" in found:
-            for k, v in theirs.items():
-                if v["outcome"] == "passed":
-                    found[k] = {**found["collection"], "calls": ["?"]}
-            del found["collection"]
-        for k in list(found):
-            if (
-                found[k]["outcome"] == "failed"
-                and theirs.get(k, {}).get("outcome") == "failed"
-            ):
-                found[k]["outcome"] = "failed with Optax, too"
-        everything |= found
-        c = collections.Counter(
-            (v["outcome"], bool(v["calls"])) for v in found.values()
-        )
-        print(name, dict(c), flush=True)
-        if args.json:
-            Path(args.json).write_text(json.dumps(everything, indent=1))
+        run_here(path, output, ours == "1", ["-k", args.k])
+        return 0
+    tests = {}
+    for path in files(args.parts):
+        found = results_of(path, args.k)
+        passed = sum(test["outcome"] == "passed" for test in found.values())
+        print(f"{path.relative_to(FOLDER)}: {passed} of {len(found)}", flush=True)
+        tests |= found
+    page = report(tests)
+    print(page)
+    if not args.parts and not args.k:
+        PAGE.write_text(page + "\n", "utf-8")
+    return "**unexpected**" in page
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.append(str(ROOT / "tests"))
+    sys.exit(main())

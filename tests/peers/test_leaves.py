@@ -58,12 +58,13 @@ def test_split_real_and_imaginary(lib, same):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_integer_leaves_under_allow_int(lib, differs, name):
-    """Their gradients have the dtype float0."""
-    params = {"w": jnp.ones(2), "table": jnp.arange(3)}
+    """Their gradients have the dtype float0; bools are the same."""
+    still = {"table": jnp.arange(3), "flag": jnp.array([True])}
+    params = {"w": jnp.ones(2), "still": still}
     grads = jax.grad(lambda p: p["w"].sum(), allow_int=True)(params)
-    result = outcome(lambda: run(OPTIMIZERS[name](lib), params, grads)[0]["table"])
+    result = outcome(lambda: run(OPTIMIZERS[name](lib), params, grads)[0]["still"])
     theirs = "UFuncTypeError" if name == "sgd" else "TypeError"
-    differs(result, optax=theirs, here=np.arange(3))
+    differs(result, optax=theirs, here=still)
 
 
 def test_integer_leaves_with_integer_gradients(lib, differs):
@@ -110,7 +111,10 @@ def test_gradient_that_is_none(lib, differs, name):
     differs(result, optax=theirs, here=None)
 
 
-@pytest.mark.parametrize("tree", [{}, (), {"a": None}, {"a": {}, "b": []}], ids=str)
+TREES = [{}, (), {"a": None}, {"a": {}, "b": []}]
+
+
+@pytest.mark.parametrize("tree", matrix(TREES, quick=[{}, {"a": None}]), ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_trees_without_leaves(lib, same, name, tree):
     same(first_update(MAKERS[name](lib), tree, tree), tree)
@@ -210,6 +214,19 @@ def test_an_array_of_one_rate(lib, same):
     same(jitted(0.1), -0.1)
 
 
+def test_a_traced_beta(lib, same):
+    """Gradients of 1 and 0: the first moment is b1 (1 - b1)."""
+
+    @jax.jit
+    def second_mean(b1):
+        tx = lib.scale_by_adam(b1=b1)
+        _, state = tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+        return tx.update(jnp.zeros(1), state)[1].mu
+
+    same(second_mean(0.8), [0.16])
+    same(second_mean(0.5), [0.25])
+
+
 def test_no_learning_rate(lib, same):
     """None, the default: the updates pass."""
     for tx in (lib.scale_by_learning_rate(), lib.scale_by_learning_rate(None)):
@@ -288,9 +305,10 @@ def test_message_of_a_decay_without_parameters(lib, differs):
         {"w": True, "b": False},
         {"w": 1, "b": 0},
         {"w": np.True_, "b": np.False_},
+        {"w": jnp.array(True), "b": jnp.array(False)},
         lambda params: jax.tree.map(lambda x: x.ndim > 0, params),
     ],
-    ids=["bools", "ints", "NumPy", "function"],
+    ids=["bools", "ints", "NumPy", "JAX", "function"],
 )
 def test_masks(lib, same, mask):
     params = {"w": jnp.ones(1), "b": jnp.array(1.0)}

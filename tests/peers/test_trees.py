@@ -83,6 +83,22 @@ def test_get_the_learning_rate_that_is_injected(lib, differs):
     differs(outcome(optax.tree.get, state, "learning_rate"), optax="KeyError", here=0.2)
 
 
+def test_get_the_learning_rate_that_is_injected_around(lib, differs):
+    """Ours has rates in its own state, so the wrapper's are the second ones."""
+    state = state_after(optax.inject_hyperparams(lib.sgd)(0.2))
+    same_rate = state.hyperparams["learning_rate"]
+    assert float(same_rate) == pytest.approx(0.2)
+    result = outcome(optax.tree.get, state, "learning_rate")
+    differs(result, optax=0.2, here="KeyError")
+
+
+def test_structure_of_the_state(lib, differs):
+    """The states of Adam and of the learning rate are in a tuple, or in one inside."""
+    state = lib.adam(0.1).init(jnp.ones(1))
+    names = [type(state).__name__, type(getattr(state, "inner_state", state)).__name__]
+    differs(names, optax=["tuple", "tuple"], here=["HyperparamsState", "tuple"])
+
+
 def test_get_the_count_of_a_scheduled_optimizer(lib, differs):
     """Optax keeps one count for Adam and one for the schedule."""
     result = outcome(optax.tree.get, state_after(lib.adamw(LINEAR), 2), "count")
