@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from .._tree import find_states, path_string
-from ..hyperparams import HyperparamsState
+from ..hyperparams import HyperparamsState, ScaleByGroupState, is_overridden
 from ..schedules.phases import Phases
 from ..transforms.bias_correction import LogProduct
 from .arrays import (
@@ -312,6 +312,8 @@ def to_torch_state_dict(
     def read(node):
         if isinstance(node, HyperparamsState):
             map_states(read, node.inner_state)
+        if isinstance(node, ScaleByGroupState):
+            _check_multipliers(node, problems)
         if not isinstance(node, MOMENTS):
             return node
         count = None
@@ -360,6 +362,17 @@ def to_torch_state_dict(
         if entries.get(path)
     }
     return {"state": states, "param_groups": updated}
+
+
+def _check_multipliers(node: ScaleByGroupState, problems: Problems) -> None:
+    """Notes the multipliers that PyTorch's groups do not have."""
+    for label, last in zip(sorted(node.multipliers), node.last_values, strict=True):
+        if is_overridden(jax.tree.leaves(last)[0]):
+            problems.add(
+                f"multiplier {label}",
+                "is overridden, which PyTorch's groups would not show: release it with "
+                "override_hyperparams, or set the learning rates of the groups",
+            )
 
 
 # ---------------------------------------------------------------------------

@@ -302,6 +302,23 @@ def test_a_custom_optimizer(x64):
     assert_same_run(read_back(params), net)
 
 
+def test_an_overridden_multiplier_is_named():
+    """PyTorch's groups would go on with the old ratio of their rates."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    tx = optax.chain(
+        aj.adamw(LR), aj.scale_by_group({"x": 0.5, "y": 1.0}, {"a": "x", "b": "y"})
+    )
+    opt = torch.optim.AdamW(
+        [{"params": [torch.ones(2)], "lr": LR / 2}, {"params": [torch.ones(2)]}], LR
+    )
+    groups, state = opt.state_dict()["param_groups"], tx.init(params)
+    state = aj.override_hyperparams(state, group="x", multiplier=0.1)
+    with pytest.raises(ValueError, match="multiplier x: is overridden"):
+        aj.to_torch_state_dict(state, params, groups, names=["a", "b"])
+    state = aj.override_hyperparams(state, group="x", multiplier=None)
+    aj.to_torch_state_dict(state, params, groups, names=["a", "b"])
+
+
 @pytest.mark.parametrize(
     "optimizer", matrix([optax.adamw, optax.sgd], quick=[optax.adamw])
 )
