@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from .. import optimizers
 from .._checks import check_params
-from .._dtypes import as_array, is_inexact, real_dtype, scalar_dtype, storage_dtype
+from .._dtypes import (
+    as_array,
+    compute_dtype,
+    is_inexact,
+    real_dtype,
+    scalar_dtype,
+    storage_dtype,
+)
 from .._transformation import Transformation, multiply
 from .._tree import are_all_none, increment, map_leaves
 from ..apply import update_and_apply
@@ -63,7 +70,7 @@ def fuse(tx: Transformation) -> Transformation:
         check_params(params)
         if are_all_none(grads):
             return params, state
-        if state[index].key is not None or why_no_kernel() is not None:
+        if _rounds(state[index]) or why_no_kernel() is not None:
             grads = multiply(grads, factor)
             return update_and_apply(without_step, grads, state, params, **extra_args)
         params, moments = _step(
@@ -79,26 +86,42 @@ def fuse(tx: Transformation) -> Transformation:
         return params, (*state[:index], moments, *state[index + 1 :])
 
     def describe(params):
-        if rule["rounds_stochastically"]:
+        leaves = [as_array(leaf) for leaf in jax.tree.leaves(params)]
+        leaves = [leaf for leaf in leaves if is_inexact(leaf)]
+        moments = [
+            (
+                storage_dtype(leaf, rule["mu_dtype"]),
+                storage_dtype(leaf, rule["nu_dtype"], real=True),
+            )
+            for leaf in leaves
+        ]
+        narrow = any(
+            dtype != compute_dtype(dtype) for pair in moments for dtype in pair
+        )
+        if rule["rounds_stochastically"] and (narrow or params is None):
             return "update, then apply_updates: moments are rounded stochastically"
         if (reason := why_no_kernel()) is not None:
             return f"update, then apply_updates: {reason}"
         text = "one pass of the compiled kernel over each leaf"
         if params is None:
             return text
-        leaves = [as_array(leaf) for leaf in jax.tree.leaves(params)]
-        leaves = [leaf for leaf in leaves if is_inexact(leaf)]
-        supported = 0
-        for leaf in leaves:
-            mu = storage_dtype(leaf, rule["mu_dtype"])
-            nu = storage_dtype(leaf, rule["nu_dtype"], real=True)
-            supported += is_supported(leaf.dtype, mu, nu)
+        supported = sum(
+            is_supported(leaf.dtype, *pair)
+            for leaf, pair in zip(leaves, moments, strict=True)
+        )
         text = f"{text}, {supported} of {len(leaves)}"
         if supported < len(leaves):
             text += "; XLA computes the others, whose dtypes it does not support"
         return text
 
     return Transformation(*tx, links=tx.links, step=step, describe_step=describe)
+
+
+def _rounds(moments: ScaleByAdamState) -> bool:
+    """Whether a moment is rounded stochastically, which the kernel does not do."""
+    leaves = jax.tree.leaves((moments.mu, moments.nu))
+    narrow = (is_inexact(x) and x.dtype != compute_dtype(x.dtype) for x in leaves)
+    return moments.key is not None and any(narrow)
 
 
 def _step(moments, grads, params, sign, factor, rule, decay, learning_rate):
@@ -129,7 +152,11 @@ def _step(moments, grads, params, sign, factor, rule, decay, learning_rate):
 
     trees = {"state.mu": moments.mu, "state.nu": moments.nu, "params": params}
     _, mu, nu, params = map_leaves(leaf, grads, trees, carried=3, casts=False)
-    moments = ScaleByAdamState(
-        increment(moments.count), mu, nu, beta1.log_product, beta2.log_product
+    return params, ScaleByAdamState(
+        increment(moments.count),
+        mu,
+        nu,
+        beta1.log_product,
+        beta2.log_product,
+        moments.key,
     )
-    return params, moments

@@ -143,6 +143,19 @@ def test_moments_in_the_dtype_of_the_parameters(name):
     assert optax.tree.get(default, "nu")["a"].dtype == jnp.float32
 
 
+def test_the_kernel_takes_float32_moments_of_the_parameters():
+    """In bfloat16 they would be rounded stochastically, which it does not do."""
+    tx = aj.adamw(0.1, mu_dtype="params", nu_dtype="params")
+    wide, narrow = jnp.ones(3), jnp.ones(3, jnp.bfloat16)
+    assert "rounded stochastically" in aj.describe_step(tx, narrow)
+    if "no kernel" not in (way := aj.describe_step(tx, wide)):
+        assert way == aj.describe_step(aj.adamw(0.1), wide)
+    new, state = aj.update_and_apply(tx, wide, tx.init(wide), wide)
+    expected, _ = tx.update(wide, tx.init(wide), wide)
+    np.testing.assert_allclose(new, wide + expected, rtol=1e-6)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(wide))
+
+
 def test_moments_of_parameters_are_rounded_stochastically():
     """The mean of 1,000 second moments of 1e-3 of a spacing each is right."""
     tx = aj.scale_by_adam(b2=0.999, mu_dtype="params", nu_dtype="params")
