@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ._dtypes import as_array, cast, compute_dtype, is_inexact
+from ._tree import narrow, optional_leaves
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -80,18 +82,37 @@ def step_with_factor(
 def keep_state_dtypes(tx: optax.GradientTransformation) -> Any:
     """Makes the state of another library's transformation keep its dtypes.
 
-    Such a state may take on the dtype of the updates: Optax's Adam with bfloat16
-    moments returns float32 ones for float32 gradients.
+    Where updates are wider than the parameters, it sees them in the dtype of the
+    parameters, as it would without this library, and what it returns is widened again.
+    Optax's Adam would return float32 moments for bfloat16 ones, and some of Optax's
+    conditions fail for updates and states of different dtypes.
     """
     if isinstance(tx, Transformation) or hasattr(tx, "step"):
         return optax.with_extra_args_support(tx)
     inner = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra_args):
-        updates, new = inner.update(updates, state, params, **extra_args)
-        return updates, cast_like(new, state)
+        narrowed = narrow_like(updates, params)
+        new, new_state = inner.update(narrowed, state, params, **extra_args)
+        return narrow(new, updates), cast_like(new_state, state)
 
     return inner._replace(update=update)
+
+
+def narrow_like(updates: Any, params: Any) -> Any:
+    """Casts the updates of narrower parameters to the dtype of these, if known."""
+    leaves, treedef = jax.tree.flatten(updates)
+
+    def leaf(u, p):
+        if not (hasattr(p, "dtype") and hasattr(u, "dtype")):
+            return u
+        same_kind = jnp.iscomplexobj(u) == jnp.iscomplexobj(p)
+        both = is_inexact(u) and is_inexact(p) and same_kind
+        is_narrower = both and jnp.finfo(p.dtype).bits < jnp.finfo(u.dtype).bits
+        return cast(u, p.dtype) if is_narrower else u
+
+    flat = map(leaf, leaves, optional_leaves(treedef, params))
+    return treedef.unflatten(flat)
 
 
 def cast_like(state: Any, old: Any) -> Any:

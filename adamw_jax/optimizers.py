@@ -469,7 +469,7 @@ def sgd(
 
 def _links_before_moments(maximize: bool, l2: Any = None, mask: Mask = None) -> list:
     # The sign comes first, so that maximize does not flip the decay.
-    links = [optax.scale(-1.0)] if maximize else []
+    links = [scale_by_learning_rate(1.0)] if maximize else []
     return links if l2 is None else [*links, add_l2_gradient(l2, mask)]
 
 

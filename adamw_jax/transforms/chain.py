@@ -22,8 +22,9 @@ def chain(
     The gradients are cast to float32 (float64 and complex ones keep their precision),
     and what the last link returns is cast to the dtype of the gradients, or to that of
     wider parameters. In float32 state and updates are those of `optax.chain`. In
-    bfloat16, `optax.chain` rounds the updates after every link; this rounds once. The
-    state keeps its dtypes, also that of a link of Optax, which sees float32.
+    bfloat16, `optax.chain` rounds the updates after every link; this rounds once, and
+    at links of another library, which see and return the dtype of the parameters. The
+    state keeps its dtypes.
 
     :func:`adamw_jax.update_and_apply`
     calls `update` of all links but the last, then `step` of the last one. If the link

@@ -90,15 +90,30 @@ def test_narrow_updates_are_the_float32_ones_rounded_once(name):
 
 @jax.numpy_dtype_promotion("standard")
 def test_optax_chain_rounds_between_links():
-    """The reason for adamw_jax.chain: .1 * 1.001 is rounded twice, or once."""
-    links = [aj.trace(0.0), optax.scale(1.001), optax.scale(1.001)]
+    """The reason for adamw_jax.chain: 1.001 rounds to 1 in bfloat16, twice or never."""
+    links = [aj.scale_by_learning_rate(1.001, flip_sign=False)] * 2
     grads = jnp.ones(1, jnp.bfloat16)
-    ours, _ = aj.chain(*links, wide_updates=True).update(
-        grads, aj.chain(*links).init(grads)
-    )
-    theirs, _ = optax.chain(*links).update(grads, optax.chain(*links).init(grads))
-    assert theirs[0] == 1  # 1.001 rounds to 1 in bfloat16
+    tx = aj.chain(*links, wide_updates=True)
+    ours, _ = tx.update(grads, tx.init(grads), grads)
+    tx = optax.chain(*links)
+    theirs, _ = tx.update(grads, tx.init(grads), grads)
+    assert theirs[0] == 1
     np.testing.assert_allclose(ours[0], 1.001**2, rtol=1e-6)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_links_of_optax_see_the_dtype_of_the_parameters():
+    """So conditions inside of them, here on the first step, have branches of one."""
+    for inner in (
+        optax.scale_by_novograd(),
+        optax.apply_if_finite(optax.scale_by_adam(), 3),
+        optax.transforms.conditionally_mask(optax.trace(0.9), lambda step: step < 1),
+    ):
+        tx = aj.chain(aj.clip_by_global_norm(1.0), inner, aj.scale_by_learning_rate(1))
+        params = jnp.ones(2, jnp.bfloat16)
+        updates, state = jax.eval_shape(tx.update, params, tx.init(params), params)
+        assert updates.dtype == jnp.bfloat16
+        assert_same_dtypes(state, tx.init(params))
 
 
 def test_update_and_apply_does_not_round_the_updates():
