@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 
 from . import _foreign
 from ._checks import check_choice, check_scalar, is_static, show

@@ -481,7 +481,7 @@ def _sgd_with_decays(
     first = next(decay for decay in decays.values() if decay)
 
     def factory(learning_rate, weight_decay):
-        links = [optax.scale(-1.0)] if maximize else []
+        links = [scale_by_learning_rate(1.0)] if maximize else []
         for decay in sorted(set(decays.values()) - {0.0}):
             mask = mask_by(lambda path, _, decay=decay: decays[path] == decay)
             links.append(add_l2_gradient(weight_decay * (decay / first), mask))
