@@ -321,9 +321,11 @@ def quantize_moments(
                 return new
             bits, name = None, _moment(path)
             owner = _owner(path, name)
-            if name == "mu" and owner in second_moments:
+            nu = second_moments.get(owner)
+            # NovoGrad's nu is one number, and divides before mu.
+            if name == "mu" and nu is not None and nu.shape == new.shape:
                 # Finite mu over infinite nu is 0, and the block need not span such mu.
-                is_zero = jnp.isinf(second_moments[owner]) & jnp.isfinite(new)
+                is_zero = jnp.isinf(nu) & jnp.isfinite(new)
                 new = jnp.where(is_zero, 0, new)
             if key is not None and name != "nu_max":
                 # One draw of 32 bits serves both moments of a parameter.

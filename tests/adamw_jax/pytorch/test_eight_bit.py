@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from tiers import matrix
 
 import adamw_jax as aj
 from adamw_jax import Blocks
@@ -120,7 +121,7 @@ def tree(params):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("wrapped", matrix([True, False], quick=[True]))
 def test_the_moments_are_those_of_pytorch_rounded(wrapped):
     """Three times rounded to the nearest code, by at most half of the widest gap."""
     params = tree(drawn()[0])
@@ -144,7 +145,7 @@ def test_the_moments_are_those_of_pytorch_rounded(wrapped):
         )
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", matrix([False, True], quick=[False]))
 def test_the_next_step_is_that_of_bitsandbytes(quantized):
     """Exactly from decoded moments, and to our codes' precision from our codes."""
     params, grads = drawn()
@@ -355,6 +356,7 @@ def test_optimizers_that_bitsandbytes_does_not_have(change):
         aj.encode_bitsandbytes(sgd)
 
 
+@pytest.mark.slow
 def test_in_an_optimizer_of_nnx(lenient):
     """Its state consists of Variables, those of blocks too."""
     net = nnx.Linear(100, 3, rngs=nnx.Rngs(0))

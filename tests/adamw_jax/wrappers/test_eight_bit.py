@@ -503,6 +503,7 @@ INNER = {
     ),
     "optax": lambda: optax.adamw(1e-2),
     "rms": lambda: optax.rmsprop(1e-2),
+    "novograd": lambda: optax.novograd(1e-2),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), aj.adam(1e-2)),
 }
 
