@@ -334,6 +334,19 @@ def test_stepped_once_per_epoch(name):
     assert aj.Phases.from_json(phases.to_json()) == phases
 
 
+def test_a_rate_that_is_rounded_below_zero():
+    """PyTorch's -8e-18 where a cosine has fallen to the base rate of 0."""
+    optimizer, scheduler = make(
+        lambda opt: lr_scheduler.CosineAnnealingLR(opt, 20, 0.05), (0.1, 0.0)
+    )
+    step(scheduler, 40)
+    optimizer.param_groups[1]["lr"] = -8e-18
+    phases = aj.phases_from_torch_scheduler(
+        *save(optimizer, scheduler), group=1, steps=50
+    )
+    assert phases.at(40)["learning_rate"] == 0
+
+
 def test_the_first_group_that_learns():
     """Neither a frozen one nor one without parameters."""
     optimizer, scheduler = make(
