@@ -113,7 +113,7 @@ def phases_from_torch_scheduler(
         else:
             base = _base_rate(state, i, len(param_groups))
             phases = join(take(iterate_ramps(state, base), last))
-        _check_rate(kind, phases.at(done), param_groups[i], done)
+        _check_rate(kind, phases, param_groups[i], done)
         return phases
 
     if group is None:
@@ -181,20 +181,20 @@ def _base_rate(state: Mapping[str, Any], group: int, groups: int) -> float:
     return float(rates[group])
 
 
-def _check_rate(
-    kind: str, values: dict[str, float], group: Mapping[str, Any], step: int
-) -> None:
+def _check_rate(kind: str, phases: Phases, group: Mapping[str, Any], step: int) -> None:
     """Raises if the group does not have the values of the schedule."""
+    values = phases.at(step)
     now = {"learning_rate": float(group["lr"])}
     if "b1" in values:
         now["b1"] = float(group["momentum"] if is_sgd(group) else group["betas"][0])
     # PyTorch's chain of products rounds at every step, to float32 if it is a tensor.
     relative = 1e-3 if hasattr(group["lr"], "dtype") else 1e-5
-    scale = max(float(group.get("initial_lr", 0.0)), values["learning_rate"])
+    peak = max(
+        max(rate[:2]) if isinstance(rate, tuple) else rate
+        for rate in (phase.learning_rate for phase in phases.phases)
+    )
     for name, expected in values.items():
-        if not math.isclose(
-            now[name], expected, rel_tol=relative, abs_tol=1e-9 * scale
-        ):
+        if not math.isclose(now[name], expected, rel_tol=relative, abs_tol=1e-9 * peak):
             raise ValueError(
                 f"the {name} of the group is {now[name]:g}, but that of {kind} at step "
                 f"{step} is {expected:g}: it was changed by hand or by another "

@@ -273,6 +273,11 @@ def phases_until(ends: Sequence[float], ramps: Sequence[dict[str, Any]]) -> Phas
         if end < 0:
             previous = begin = end
             continue
+        if 0 < end - previous < 1e-6:  # phases round where they begin to 1e-6 steps
+            raise ValueError(
+                "pct_start must leave at least 1e-6 steps to each phase, got one of "
+                f"{end - previous:.1g}"
+            )
         phases.append(Phase(steps=end - previous, **ramp))
         previous = end
     return Phases(tuple(phases), rule="torch", begin=begin)

@@ -160,15 +160,13 @@ def _register_with_flax() -> None:
 
 
 def _to_state_dict(packed: Packed) -> dict[str, Any]:
-    from flax import serialization
-
+    serialization = sys.modules["flax.serialization"]  # it called this function
     parts = {"buffers": packed.buffers, "leaves": packed.leaves}
     return serialization.to_state_dict(parts) | {"layout": _describe(packed._layout)}
 
 
 def _from_state_dict(target: Packed, state_dict: dict[str, Any]) -> Packed:
-    from flax import serialization
-
+    serialization = sys.modules["flax.serialization"]
     if "layout" not in state_dict:
         raise ValueError(
             "the state dict must be that of a packed tree: restore it into "

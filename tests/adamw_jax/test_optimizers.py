@@ -394,7 +394,8 @@ def test_injected_hyperparams_of_bfloat16_parameters(jit, lenient):
     tx = optax.inject_hyperparams(aj.adamw, hyperparam_dtype=jnp.float32)(
         1e-2, weight_decay=0.0
     )
-    updates, _ = tx.update(p, tx.init(p), p)
+    wide = p.astype("float32")
+    updates, _ = tx.update(wide, tx.init(p), p)
     np.testing.assert_allclose(updates, -1e-2, rtol=1e-5)
 
 

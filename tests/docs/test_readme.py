@@ -94,8 +94,17 @@ def test_numbers_in_sentences():
 def test_links_lead_somewhere(page):
     """Files, pictures and folders of the repository."""
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
         if not target.startswith("https://"):
-            assert (page.parent / target).exists(), target
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def anchors(page):
+    """Those of GitHub: the headings in lower case, with dashes."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings]
 
 
 def blocks(page):

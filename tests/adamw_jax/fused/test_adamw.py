@@ -97,10 +97,11 @@ def test_bfloat16_parameters():
     grads = [
         jax.tree.map(lambda x, i=i: draws(x.shape, i, "bfloat16"), p) for i in range(20)
     ]
+    # Of bfloat16 gradients, the two calls would round the updates once more.
+    wide = [jax.tree.map(lambda g: g.astype("float32"), tree) for tree in grads]
     tx = aj.adamw(0.05, weight_decay=0.1)
-    (got, state), (other, other_state) = (
-        trajectory(way, tx, p, grads) for way in reversed(WAYS)
-    )
+    got, state = trajectory("step", tx, p, grads)
+    other, other_state = trajectory("two calls", tx, p, wide)
     assert_close(state, other_state)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(other), strict=True):
         assert x.dtype == y.dtype == jnp.bfloat16

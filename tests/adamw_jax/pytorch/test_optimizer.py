@@ -153,6 +153,19 @@ def test_groups_that_share_phases(x64):
     assert sorted(state.inner_states) == ["0", "1"]
 
 
+def test_rates_that_replace_those_of_the_groups(x64):
+    """Each in a list is the rate itself, whatever the ratio of the groups was."""
+    optimizer, _ = make(lambda opt: None, (0.1, 0.02, 0.1))
+    tx, state = aj.optimizer_from_torch_state_dict(
+        optimizer.state_dict(), read(optimizer), learning_rate=[0.05, 0.05, 0.03]
+    )
+    params, _ = run(tx, read(optimizer), state, AFTER)
+    optimizer, _ = make(lambda opt: None, (0.05, 0.05, 0.03))
+    train(optimizer, None, AFTER)
+    for name, theirs in read(optimizer).items():
+        np.testing.assert_allclose(params[name], theirs, rtol=1e-12)
+
+
 def test_a_function_of_the_step(x64):
     """The way out for `LambdaLR`: its function with jax.numpy, times the rate."""
 

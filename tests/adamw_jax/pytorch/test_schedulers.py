@@ -170,13 +170,16 @@ def test_roundings_of_a_long_run(name):
     assert_continues(LONG[name], 0, 100_000, 100_000, rounding, rates=(0.1,))
 
 
+shares = st.floats(0, 1).map(lambda x: round(x, 4))
+
+
 @st.composite
 def one_cycles(draw):
     total = draw(st.integers(1, 60))
     options = {
         "max_lr": draw(st.sampled_from([0.3, [0.3, 0.02], [0.0, 0.1]])),
         "total_steps": total,
-        "pct_start": draw(st.sampled_from([0.0, 1.0, 0.3, 0.5]) | st.floats(0, 1)),
+        "pct_start": draw(st.sampled_from([0.0, 1.0, 0.3, 0.5]) | shares),
         "anneal_strategy": draw(st.sampled_from(["cos", "linear"])),
         "cycle_momentum": draw(st.booleans()),
         "base_momentum": draw(st.sampled_from([0.85, [0.8, 0.0]])),
@@ -332,6 +335,19 @@ def test_stepped_once_per_epoch(name):
             assert ours.get("b1", momentum) == pytest.approx(momentum, rel=1e-12)
         step(scheduler, 1)
     assert aj.Phases.from_json(phases.to_json()) == phases
+
+
+def test_a_rate_that_is_rounded_below_zero():
+    """PyTorch's -8e-18 where a cosine has fallen to the base rate of 0."""
+    optimizer, scheduler = make(
+        lambda opt: lr_scheduler.CosineAnnealingLR(opt, 20, 0.05), (0.1, 0.0)
+    )
+    step(scheduler, 40)
+    optimizer.param_groups[1]["lr"] = -8e-18
+    phases = aj.phases_from_torch_scheduler(
+        *save(optimizer, scheduler), group=1, steps=50
+    )
+    assert phases.at(40)["learning_rate"] == 0
 
 
 def test_the_first_group_that_learns():
@@ -537,6 +553,9 @@ REFUSED = {
         s.update(gamma=0.9999)
     )),
     # what PyTorch cannot do either, or not in this form
+    "pct_start must leave at least 1e-6 steps .* got one of 1e-08": lambda: read(
+        lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, 10, pct_start=1 - 1e-9)
+    ),
     "has done its 10 steps": lambda: read(one_cycle, 10),
     "stepped by fractions .*T_cur=2.5.*use cosine_restarts": restart_by_fractions,
     "must be its first scheduler": lambda: read(
