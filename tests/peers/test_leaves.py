@@ -111,7 +111,7 @@ def test_gradient_that_is_none(lib, differs, name):
     differs(result, optax=theirs, here=None)
 
 
-TREES = [{}, (), {"a": None}, {"a": {}, "b": []}]
+TREES = [{}, [], {"a": None}, {"a": {}, "b": []}]
 
 
 @pytest.mark.parametrize(
