@@ -15,7 +15,8 @@ class Optimizer(nnx.Optimizer):
     be restored into the other, but takes the one-pass `step` of `tx` where it has one;
     :func:`adamw_jax.describe_step` says whether it does. The numbers are the same up to
     the rounding of single operations. Without a `step`, updates are added by
-    :func:`adamw_jax.apply_updates`.
+    :func:`adamw_jax.apply_updates`; so it is under `nnx.jit` of Flax before 0.12.5,
+    which rebuilds `tx` from its `init` and `update`.
 
     Compile the training step with `nnx.jit(..., donate_argnums=...)` of the model and
     the optimizer, or parameters and moments are copied at every call.
