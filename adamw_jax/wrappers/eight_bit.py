@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from .._transformation import Transformation, keep_state_dtypes
 from .._tree import find_states, increment, path_string
 from ..transforms.rounding import init_key, step_key
 
@@ -279,7 +280,7 @@ def quantize_moments(
     _check_block_size(block_size)
     if min_size < 1:
         raise ValueError(f"min_size must be at least 1, got {min_size!r}")
-    inner = optax.with_extra_args_support(inner)
+    inner = keep_state_dtypes(inner)
 
     def init(params: Any) -> Any:
         def store(path, leaf):
@@ -348,7 +349,8 @@ def quantize_moments(
         )
         return updates, QuantizedMomentsState(new_state, count, key)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    wide_updates = getattr(inner, "wide_updates", False)
+    return Transformation(init, update, wide_updates=wide_updates)
 
 
 def _check_block_size(block_size: int) -> None:

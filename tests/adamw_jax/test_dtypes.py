@@ -30,6 +30,7 @@ WRAPPED = {
         aj.adamw(0.1), lambda p: jax.tree.map(lambda x: x.ndim == 0, p)
     ),
     "clip": lambda: aj.chain(aj.clip_by_global_norm(1.0), aj.adamw(0.1)),
+    "8 bits": lambda: aj.quantize_moments(aj.adamw(0.1), block_size=4, min_size=2),
     "of Optax": lambda: aj.chain(optax.clip(1.0), optax.adam(0.1)),
 }
 EVERY = OPTIMIZERS | LINKS | WRAPPED
@@ -265,7 +266,9 @@ def test_a_complex_gradient_of_a_real_parameter_is_refused():
 # Leaves that are not trained
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *LINKS, "accumulate", "freeze", "clip"])
+@pytest.mark.parametrize(
+    "name", [*OPTIMIZERS, *LINKS, "accumulate", "freeze", "clip", "8 bits"]
+)
 @jax.numpy_dtype_promotion("standard")
 def test_integer_and_bool_leaves_pass_by(name):
     tx = EVERY[name]()
