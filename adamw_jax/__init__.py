@@ -68,9 +68,6 @@ from .apply import update_and_apply as update_and_apply
 from .fused.adamw import adamw as adamw
 from .hyperparams import HyperparamsState as HyperparamsState
 from .hyperparams import ScaleByGroupState as ScaleByGroupState
-from .hyperparams import current_hyperparams as current_hyperparams
-from .hyperparams import hyperparam_groups as hyperparam_groups
-from .hyperparams import override_hyperparams as override_hyperparams
 from .hyperparams import with_hyperparams as with_hyperparams
 from .masks import describe_mask as describe_mask
 from .masks import labels_by_path as labels_by_path
@@ -82,6 +79,9 @@ from .optax_state import to_optax_state as to_optax_state
 from .optimizers import adam as adam
 from .optimizers import amsgrad as amsgrad
 from .optimizers import sgd as sgd
+from .overrides import current_hyperparams as current_hyperparams
+from .overrides import hyperparam_groups as hyperparam_groups
+from .overrides import override_hyperparams as override_hyperparams
 from .pytorch.arrays import Layout as Layout
 from .pytorch.arrays import flax_layout as flax_layout
 from .pytorch.checkpoint import load_torch_checkpoint as load_torch_checkpoint

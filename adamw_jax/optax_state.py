@@ -11,12 +11,8 @@ import optax
 
 from ._checks import check_scalar
 from ._tree import describe_mismatch, path_string
-from .hyperparams import (
-    HyperparamsState,
-    ScaleByGroupState,
-    is_overridden,
-    override_hyperparams,
-)
+from .hyperparams import HyperparamsState, ScaleByGroupState, is_overridden
+from .overrides import override_hyperparams
 from .transforms.bias_correction import LogProduct
 from .transforms.moments import ScaleByAmsgradState
 from .transforms.rounding import StochasticRoundingState

@@ -14,7 +14,7 @@ ROOMS = ["recipes", "models", "data", "evals", "plots", "run", "references"]
 LIBRARY = ROOT / "adamw_jax"
 # The library's core, which knows none of its extras.
 CORE_FILES = (
-    *("optimizers", "hyperparams", "masks", "apply"),
+    *("optimizers", "hyperparams", "overrides", "masks", "apply"),
     *("_tree", "_checks", "_dtypes", "_foreign", "_transformation"),
 )
 CORE = [LIBRARY / f"{name}.py" for name in CORE_FILES]
