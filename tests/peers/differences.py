@@ -61,6 +61,27 @@ ROWS = [
         "test_bfloat16_mu",
     ),
     Difference(
+        "`mu_dtype=jnp.bfloat16` with complex parameters",
+        "real moments: the imaginary part is lost",
+        "complex ones",
+        "a silent mistake",
+        "test_real_mu_dtype_of_complex_parameters",
+    ),
+    Difference(
+        "`mu_dtype`, `accumulator_dtype` of a complex dtype",
+        "complex moments, also of real parameters",
+        "TypeError; complex parameters have complex moments by default",
+        "moments have the kind of the parameters",
+        "test_complex_mu_dtype",
+    ),
+    Difference(
+        "`scale_by_adam` with a traced or scheduled beta: the state",
+        "as for a number; a schedule is refused",
+        "also has the product of the betas, `log_b1` or `log_b2`",
+        "the bias correction is exact for any schedule",
+        "test_state_of_a_traced_beta",
+    ),
+    Difference(
         "`chain`, in bfloat16",
         "rounds the updates after every link",
         "float32 between the links, rounded once at the end",

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from peers.cases import MAKERS, OPTIMIZERS, dtypes, first_update, parameters, types
+from peers.cases import (
+    MAKERS,
+    OPTIMIZERS,
+    dtypes,
+    first_update,
+    outcome,
+    parameters,
+    types,
+)
 from tiers import matrix
 
 BOTH = ["float32", "bfloat16"]
@@ -135,6 +143,31 @@ def test_mu_dtype(lib, same, moment_dtype):
     ):
         for params in (jnp.ones(2), jnp.ones(2, jnp.bfloat16)):
             same(dtypes(optax.tree.get(tx.init(params), "mu")), moment_dtype)
+
+
+def test_real_mu_dtype_of_complex_parameters(lib, differs):
+    state = lib.adam(0.1, mu_dtype="float32").init(jnp.ones(2, "complex64"))
+    found = dtypes(optax.tree.get(state, "mu"))
+    differs(found, optax="float32", here="complex64")
+
+
+def test_complex_mu_dtype(lib, differs):
+    def moment():
+        state = lib.adam(0.1, mu_dtype="complex64").init(jnp.ones(2))
+        return dtypes(optax.tree.get(state, "mu"))
+
+    differs(outcome(moment), optax="complex64", here="TypeError")
+
+
+def test_state_of_a_traced_beta(lib, differs):
+    """The number of its leaves: a count and two moments, and the product in two."""
+
+    def state(b1):
+        return lib.scale_by_adam(b1=b1).init(jnp.ones(2))
+
+    assert len(jax.tree.leaves(state(0.9))) == 3
+    found = len(jax.tree.leaves(jax.eval_shape(state, 0.9)))
+    differs(found, optax=3, here=5)
 
 
 def test_accumulator_dtype(lib, same):

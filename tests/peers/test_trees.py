@@ -86,8 +86,7 @@ def test_get_the_learning_rate_that_is_injected(lib, differs):
 def test_get_the_learning_rate_that_is_injected_around(lib, differs):
     """Ours has rates in its own state, so the wrapper's are the second ones."""
     state = state_after(optax.inject_hyperparams(lib.sgd)(0.2))
-    same_rate = state.hyperparams["learning_rate"]
-    assert float(same_rate) == pytest.approx(0.2)
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(0.2)
     result = outcome(optax.tree.get, state, "learning_rate")
     differs(result, optax=0.2, here="KeyError")
 

@@ -65,6 +65,12 @@ def test_chain_passes_extra_arguments(lib, same):
     same(updates, -1.5 * ONE)
 
 
+def test_extra_arguments_without_a_rate(lib, same):
+    tx = lib.chain(lib.scale_by_learning_rate(), lib.sgd(0.5))
+    updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1), value=1.0)
+    same(updates, -0.5 * ONE)
+
+
 def test_state_of_a_chain(lib, same):
     """A tuple with the state of each link."""
     tx = lib.chain(lib.clip_by_global_norm(1.0), lib.trace(0.9))
