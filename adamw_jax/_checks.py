@@ -105,12 +105,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def check_storage_dtype(name: str, dtype: Any) -> None:
     if dtype is None or dtype == "params":
         return
-    allowed = f"{name} must be None, 'params' or a float dtype"
+    allowed = f"{name} must be None, 'params' or a float or complex dtype"
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"{allowed}, got {dtype!r}") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{allowed}, got {dtype.name}")
 
 

@@ -70,7 +70,12 @@ def storage_dtype(param: Any, dtype: Any = None, *, real: bool = False) -> Any:
     wide = real_dtype(param.dtype) if real else compute_dtype(param.dtype)
     if dtype == "params":
         return jnp.finfo(param.dtype).dtype if real else param.dtype
-    return wide if dtype is None or jnp.issubdtype(wide, jnp.complexfloating) else dtype
+    if dtype is None:
+        return wide
+    is_complex = jnp.issubdtype(wide, jnp.complexfloating)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return dtype if is_complex else jnp.finfo(dtype).dtype
+    return wide if is_complex else dtype
 
 
 def update_dtype(grad: Any, param: Any = None) -> Any:

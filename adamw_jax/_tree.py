@@ -61,9 +61,9 @@ def zeros_like_params(params: Any, dtype: Any = None, *, real: bool = False) -> 
     """Initial moments: zeros in `dtype`, or by default in the compute dtype.
 
     "params" is the dtype of each parameter. The moment of a complex parameter is
-    complex64 at least; a `real` one has the real dtype. Integer and bool parameters are
-    not trained: their zeros have their own dtype. The zeros follow the sharding of the
-    parameters.
+    complex64 at least, and that of a real one is real, as is a `real` moment. Integer
+    and bool parameters are not trained: their zeros have their own dtype. The zeros
+    follow the sharding of the parameters.
 
     Raises TypeError for a leaf that is not a number, such as a typed PRNG key.
     """

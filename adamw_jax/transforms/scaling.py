@@ -101,7 +101,8 @@ def scale_by_learning_rate(
     """
     arguments = {"learning_rate": learning_rate}
     if learning_rate is None:
-        return Transformation(*optax.identity(), arguments=arguments)
+        identity = optax.with_extra_args_support(optax.identity())
+        return Transformation(*identity, arguments=arguments)
     check_factor("learning_rate", learning_rate)
     return scheduled(
         "learning_rate",

@@ -198,7 +198,7 @@ def test_bad_choices(make, kwargs, message):
 @pytest.mark.parametrize("bad", ["int8", "nonsense"])
 def test_bad_dtypes(name, bad):
     with pytest.raises(
-        TypeError, match=f"{name} must be None, 'params' or a float dtype"
+        TypeError, match=f"{name} must be None, 'params' or a float or complex dtype"
     ):
         aj.scale_by_adam(**{name: bad})
 
