@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import matrix
 
 import adamw_jax as aj
 
@@ -45,7 +46,9 @@ def assert_same_dtypes(one, other):
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", matrix(["bfloat16", "float16", "float32"], quick=["bfloat16"])
+)
 @jax.numpy_dtype_promotion("standard")
 def test_updates_and_state_keep_their_dtypes(name, dtype):
     """So `p + u` stays in bfloat16, and lax.scan can carry parameters and state."""
@@ -128,7 +131,9 @@ def test_update_and_apply_does_not_round_the_updates():
     assert new[0] == jnp.asarray(exact, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize(
+    "name", matrix([*WRAPPED], quick=["accumulate", "clip", "of Optax"])
+)
 @jax.numpy_dtype_promotion("standard")
 def test_optaxs_wrappers_accept_bfloat16(name):
     """They select between the gradients and the updates, or between two states."""
@@ -199,7 +204,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", matrix([*PAIRS], quick=["adamw", "clip"]))
 @jax.numpy_dtype_promotion("standard")
 def test_complex_parameters_are_updated_as_in_optax(name):
     ours, theirs = PAIRS[name]
@@ -268,7 +273,11 @@ def test_a_complex_gradient_of_a_real_parameter_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", [*OPTIMIZERS, *LINKS, "accumulate", "freeze", "clip", "8 bits"]
+    "name",
+    matrix(
+        [name for name in EVERY if name != "of Optax"],
+        quick=["adamw", "sgd", "clip_by_global_norm", "accumulate", "freeze"],
+    ),
 )
 @jax.numpy_dtype_promotion("standard")
 def test_integer_and_bool_leaves_pass_by(name):
@@ -302,7 +311,7 @@ def test_an_integer_gradient_of_a_trained_parameter_is_refused():
         tx.update({"w": jnp.ones(2, int)}, tx.init({"w": jnp.ones(2)}))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", matrix([*OPTIMIZERS], quick=["adamw", "sgd"]))
 def test_python_scalars_are_parameters(name):
     tx = OPTIMIZERS[name]()
     grads = {"a": 1, "b": 0.5}
@@ -320,7 +329,7 @@ def test_python_scalars_are_parameters(name):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", matrix([*OPTIMIZERS], quick=["adamw"]))
 def test_float8_parameters(name, dtype):
     """The moments are float32; the update is the float32 one, rounded."""
     tx = OPTIMIZERS[name]()
