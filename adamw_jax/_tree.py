@@ -197,6 +197,8 @@ def widen(grads: Any) -> Any:
     """Casts gradients to their compute dtypes."""
 
     def wide(g):
+        if getattr(g, "dtype", None) == jnp.float32:
+            return g
         g = as_array(g)
         return cast(g, compute_dtype(g.dtype)) if is_inexact(g) else g
 
@@ -208,9 +210,14 @@ def narrow(updates: Any, grads: Any, params: Any = None) -> Any:
     flat_grads, treedef = jax.tree.flatten(grads, is_leaf=is_none)
 
     def leaf(u, g, p):
-        if not hasattr(u, "dtype") or not is_inexact(u) or g is None:
+        dtype = getattr(u, "dtype", None)
+        if dtype is None or g is None:
             return u
         g = as_array(g)
+        if dtype == g.dtype and dtype == getattr(p, "dtype", dtype):
+            return u  # as nearly always: what follows takes microseconds
+        if not is_inexact(u):
+            return u
         same_kind = jnp.iscomplexobj(g) == jnp.iscomplexobj(u)
         return cast(u, update_dtype(g, p)) if is_inexact(g) and same_kind else u
 

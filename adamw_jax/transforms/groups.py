@@ -16,9 +16,7 @@ from ..hyperparams import ScaleByGroupState, values_in_force
 from ..masks import Mask, is_part, resolve_mask
 
 
-def scale_by_group(
-    multipliers: Mapping[str, Any], labels: Any
-) -> optax.GradientTransformation:
+def scale_by_group(multipliers: Mapping[str, Any], labels: Any) -> Transformation:
     r"""Discriminative learning rates: one multiplier per labelled group.
 
     $u \leftarrow k_{label} u$. Put it **after** the optimizer: there it multiplies the

@@ -298,7 +298,7 @@ def scale_by_amsgrad(
     epsilon_hat: bool = False,
     stochastic_rounding: bool = True,
     seed: int = 0,
-) -> optax.GradientTransformation:
+) -> Transformation:
     r"""Rescales updates by AMSGrad's rule: Adam with a second moment that never falls.
 
     With m, v, $c_1$ and $c_2$ as in :func:`scale_by_adam`, there are three conventions:
@@ -386,13 +386,16 @@ def scale_by_amsgrad(
             key=init_key(seed) if rounds else None,
         )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del extra_args
         if are_all_none(updates):
             return updates, state
         betas = _current_betas(state, (b1, b2), (mode_mu, mode_nu))
         return _amsgrad(updates, state, params, *betas, eps, eps_root, *options)
 
-    return optax.GradientTransformation(init, update)
+    return Transformation(init, update)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 7, 8, 9, 10), inline=True)

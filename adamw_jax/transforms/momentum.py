@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from .._checks import check_factor, check_storage_dtype
+from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
     broadcast_factor,
@@ -35,7 +36,7 @@ def trace(
     accumulator_dtype: Any = None,
     *,
     dampened: bool = False,
-) -> optax.GradientTransformation:
+) -> Transformation:
     r"""Momentum, $b_t = \mu b_{t-1} + g_t$; dampened, $\mu b_{t-1} + (1-\mu) g_t$.
 
     The update is $b_t$ or, with `nesterov`, $g_t + \mu b_t$ (dampened:
@@ -80,11 +81,14 @@ def trace(
         step = jnp.zeros([], jnp.int32) if callable(decay) else None
         return TraceState(zeros_like_params(params, accumulator_dtype), step)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del extra_args
         mu = decay(schedule_step(state.step)) if callable(decay) else decay
         return _trace(updates, state, params, mu, nesterov, dampened)
 
-    return optax.GradientTransformation(init, update)
+    return Transformation(init, update)
 
 
 # One program outside of jit, too, where each operation would be a dispatch.

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from .._checks import check_params
 from .._dtypes import compute_dtype
@@ -85,7 +84,7 @@ class StochasticRoundingState(NamedTuple):
     key: jax.Array  # uint32 [2]
 
 
-def round_updates_stochastically(seed: int = 0) -> optax.GradientTransformation:
+def round_updates_stochastically(seed: int = 0) -> Transformation:
     r"""Makes `params + updates` a stochastic rounding of the exact sum.
 
     In bfloat16 $1 - 10^{-3}$ rounds to 1, so three hundred such updates are all lost.

@@ -221,7 +221,7 @@ def quantize_moments(
     min_size: int = 4096,
     stochastic_rounding: bool = True,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Keeps the moments of any optimizer in eight bits: 2 bytes per parameter, not 8.
 
     At every update the moments are dequantized, updated in float32 by the rule of

@@ -93,6 +93,25 @@ def test_narrow_updates_are_the_float32_ones_rounded_once(name):
 
 
 @jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize("name", EVERY)
+def test_chains_know_the_links_of_this_library(name):
+    """Others would see the dtype of the parameters, so the updates would be rounded."""
+    assert isinstance(EVERY[name](), aj.Transformation)
+
+
+def test_float32_between_the_links_of_an_optimizer():
+    """Neither the momentum nor its product with the rate is a bfloat16 number."""
+    tx = aj.sgd(1 + 2**-9, momentum=0.9)
+    params, grads = jnp.ones(1, jnp.bfloat16), jnp.array([1 + 2**-7], jnp.bfloat16)
+    state = tx.init(params)
+    exact = np.float64(0)
+    for _ in range(3):
+        updates, state = aj.chain(tx, wide_updates=True).update(grads, (state,), params)
+        (state,) = state
+        exact = 0.9 * exact + (1 + 2**-7)
+    np.testing.assert_allclose(updates, [-(1 + 2**-9) * exact], rtol=3e-7)
+
+
 def test_optax_chain_rounds_between_links():
     """The reason for adamw_jax.chain: 1.001 rounds to 1 in bfloat16, twice or never."""
     links = [aj.scale_by_learning_rate(1.001, flip_sign=False)] * 2
