@@ -70,8 +70,8 @@ def test_report():
         "_src/a_test.py::T::test_tree_get12": {"outcome": "failed", "error": "x"},
     }
     page = report(tests)
-    assert page.startswith("2 tests of Optax") and ": 1 pass, 1 fail." in page
-    assert "test_tree_get12" in page and "unexpected" not in page
+    assert page.startswith("2 tests of Optax") and ": 1 pass, 1 fail, 0 skip." in page
+    assert "`test_tree_get`" in page and "unexpected" not in page
     assert expected("a::test_tree_get12") in DIFFERENCES
     new = {"_src/a_test.py::T::test_new": {"outcome": "failed", "error": "E: 1\n2"}}
     assert "| **unexpected**: E: 1" in report(tests | new)
