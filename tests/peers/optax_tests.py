@@ -8,9 +8,10 @@ of `peers.differences` is listed with it; any other fails the command. Nothing o
 tests is copied.
 
     python tests/peers/optax_tests.py                      # writes the result page
-    python tests/peers/optax_tests.py combine alias -k adamw # prints it only
+    python tests/peers/optax_tests.py alias -k extra_args  # prints it only
 
-All of them take 30 minutes of one core.
+A part of the name of a file, such as `combine`, chooses files, and `-k` tests. Tests
+that Optax skips because it compares versions of JAX as text run here.
 """
 
 import argparse
