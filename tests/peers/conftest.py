@@ -23,7 +23,7 @@ def lib(request, lenient, fast_compile):
     return LIBRARIES[request.param]
 
 
-def is_close(value, right, rtol=2e-5):
+def is_close(value, right, rtol=2e-5, atol=1e-9):
     """Whether the leaves of a tree, strings or arrays, are those of another."""
 
     def agree(x, y):
@@ -34,7 +34,7 @@ def is_close(value, right, rtol=2e-5):
             return False
         wide = np.complex128 if np.iscomplexobj(x) else np.float64
         x, y = x.astype(wide), y.astype(wide)
-        return np.allclose(x, y, rtol=rtol, atol=1e-9, equal_nan=True)
+        return np.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True)
 
     leaves, treedef = jax.tree.flatten(value)
     try:

@@ -70,7 +70,7 @@ ROWS = [
     Difference(
         "`mu_dtype`, `accumulator_dtype` of a complex dtype",
         "complex moments, also of real parameters",
-        "TypeError; complex parameters have complex moments by default",
+        "complex ones of complex parameters, and real ones of the same precision",
         "moments have the kind of the parameters",
         "test_complex_mu_dtype",
     ),

@@ -114,9 +114,12 @@ def test_gradient_that_is_none(lib, differs, name):
 TREES = [{}, [], {"a": None}, {"a": {}, "b": []}]
 
 
-@pytest.mark.parametrize("tree", matrix(TREES, quick=[{}, {"a": None}]), ids=str)
+@pytest.mark.parametrize(
+    "tree", matrix([[tree] for tree in TREES], quick=[[{}], [{"a": None}]]), ids=str
+)
 @pytest.mark.parametrize("name", MAKERS)
 def test_trees_without_leaves(lib, same, name, tree):
+    (tree,) = tree  # pytest takes () for the arguments themselves
     same(first_update(MAKERS[name](lib), tree, tree), tree)
 
 

@@ -86,9 +86,10 @@ def test_scan_over_parameters_and_state(lib, same, name, dtype):
 
     path = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=3)[1])(params)
     same(dtypes(path), dtype)
-    way = 1 - np.asarray(path[:, 0], np.float32)
-    exact = 1 - parameters(name, 3)
-    same(way, exact, rtol=1e-5 if dtype == "float32" else 2e-2)
+    # Below 1 each step rounds the sum, and an update of .3, to half a spacing: 2^-9.
+    narrow = {"rtol": 0, "atol": 3 * 1.3 * 2**-9}
+    tolerance = {"rtol": 1e-5} if dtype == "float32" else narrow
+    same(path[:, 0], parameters(name, 3), **tolerance)
 
 
 @pytest.mark.parametrize("name", matrix([*OPTIMIZERS], quick=["adamw"]))
@@ -155,7 +156,7 @@ def test_complex_mu_dtype(lib, differs):
         state = lib.adam(0.1, mu_dtype="complex64").init(jnp.ones(2))
         return dtypes(optax.tree.get(state, "mu"))
 
-    differs(outcome(moment), optax="complex64", here="TypeError")
+    differs(outcome(moment), optax="complex64", here="float32")
 
 
 def test_state_of_a_traced_beta(lib, differs):
