@@ -8,9 +8,10 @@ of `peers.differences` is listed with it; any other fails the command. Nothing o
 tests is copied.
 
     python tests/peers/optax_tests.py                      # writes the result page
-    python tests/peers/optax_tests.py combine alias -k adamw # prints it only
+    python tests/peers/optax_tests.py alias -k extra_args  # prints it only
 
-All of them take 30 minutes of one core.
+A part of the name of a file, such as `combine`, chooses files, and `-k` tests. Tests
+that Optax skips because it compares versions of JAX as text run here.
 """
 
 import argparse
@@ -244,25 +245,30 @@ def report(tests: dict[str, dict[str, Any]]) -> str:
     total = sum(counts.values(), Counter())
     rows = [
         (name, count.total(), count["passed"], count["failed"], count["skipped"])
-        for name, count in sorted({**counts, "all": total}.items())
+        for name, count in [*sorted(counts.items()), ("all", total)]
     ]
-    reasons = []
+    reasons: dict[str, set[str]] = {}
+    failures: Counter = Counter()
     for name, test in tests.items():
         if test["outcome"] == "failed":
             row = DIFFERENCES.get(expected(name))
             error = (test["error"].strip().splitlines() or [""])[0][:100]
-            reason = (
-                f"{row.function}: {row.here}" if row else f"**unexpected**: {error}"
-            )
-            reasons.append((name.split("/")[-1], reason))
-    version = f"Optax {optax.__version__}, jax {jax.__version__}"
+            reason = row.function if row else f"**unexpected**: {error}"
+            failures[reason] += 1
+            short = name.split("::")[-1].rstrip("0123456789")
+            reasons.setdefault(reason, set()).add(f"`{short}`")
+    lines = [
+        (reason, count, ", ".join(sorted(reasons[reason])))
+        for reason, count in failures.most_common()
+    ]
+    version = f"Optax {optax.__version__} (jax {jax.__version__})"
     return "\n\n".join(
         [
-            f"{total.total()} tests of {version}, call our functions: "
-            f"{total['passed']} pass, {total['failed']} fail.",
+            f"{total.total()} tests of {version} call our functions: "
+            f"{total['passed']} pass, {total['failed']} fail, {total['skipped']} skip.",
             tabulate(rows, ["file", "call ours", "pass", "fail", "skip"], "pipe"),
-            "Those that fail, and the difference that makes them fail:",
-            tabulate(reasons, ["test", "difference"], "pipe"),
+            "The differences that make tests fail:",
+            tabulate(lines, ["difference", "fail", "tests"], "pipe"),
         ]
     )
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from peers.differences import DIFFERENCES, PAGE, ROWS, table
-from peers.optax_tests import EXPECTED, FOLDER, NAMES, expected, files, report
 
 HERE = Path(__file__).parent
 
@@ -46,32 +45,3 @@ def test_each_check_has_one_row():
 def test_the_page_is_current():
     text = PAGE.read_text("utf-8")
     assert text == table() + "\n", "run `python tests/peers/differences.py`"
-
-
-def test_failures_of_optaxs_tests_have_a_row():
-    assert set(EXPECTED.values()) <= DIFFERENCES.keys()
-    texts = [path.read_text("utf-8") for path in FOLDER.rglob("*_test.py")]
-    for name in EXPECTED:
-        definition = f"def {name.rstrip('0123456789')}("
-        assert any(definition in text for text in texts), name
-
-
-def test_files_of_optax_are_found():
-    names = [path.name for path in files([])]
-    assert {"alias_test.py", "combine_test.py", "_inject_test.py"} <= set(names)
-    assert files(["combine_test"]) == [FOLDER / "_src" / "combine_test.py"]
-    assert len(NAMES) == 12
-
-
-def test_report():
-    """An unexpected failure is marked, so that the command fails."""
-    tests = {
-        "_src/a_test.py::T::test_one": {"outcome": "passed", "error": ""},
-        "_src/a_test.py::T::test_tree_get12": {"outcome": "failed", "error": "x"},
-    }
-    page = report(tests)
-    assert page.startswith("2 tests of Optax") and ": 1 pass, 1 fail." in page
-    assert "test_tree_get12" in page and "unexpected" not in page
-    assert expected("a::test_tree_get12") in DIFFERENCES
-    new = {"_src/a_test.py::T::test_new": {"outcome": "failed", "error": "E: 1\n2"}}
-    assert "| **unexpected**: E: 1" in report(tests | new)
