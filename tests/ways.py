@@ -1,5 +1,7 @@
 """Both ways to new parameters, `update` with `apply_updates` and `update_and_apply`."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,14 @@ needs_kernel = pytest.mark.skipif(
 needs_xla_of_jax_0_10 = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="measured with the XLA of jax 0.10"
 )
+
+
+def needs_flax(version, reason):
+    installed = importlib.metadata.version("flax")
+    old = tuple(map(int, installed.split("."))) < version
+    return pytest.mark.skipif(old, reason=reason)
+
+
 ULP = {"float32": 2.0**-23, "bfloat16": 2.0**-7}  # from 1 to the next number
 
 

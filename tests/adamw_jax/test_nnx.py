@@ -2,7 +2,6 @@
 
 import importlib
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from tiers import matrix
-from ways import assert_close, needs_kernel
+from ways import assert_close, needs_flax, needs_kernel
 
 import adamw_jax as aj
 
 pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
-keeps_the_step = pytest.mark.skipif(
-    tuple(map(int, flax.__version__.split("."))) < (0, 12, 5),
-    reason="nnx.jit of this Flax rebuilds the transformation, without its step",
+keeps_the_step = needs_flax(
+    (0, 12, 5), "nnx.jit of this Flax rebuilds the transformation, without its step"
 )
 CYCLE = aj.one_cycle(0.05, steps=10)
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from tiers import matrix
+from ways import needs_flax
 
 import adamw_jax as aj
 
@@ -80,6 +81,7 @@ def test_override_copies():
     assert float(value) == pytest.approx(0.3)
 
 
+@needs_flax((0, 12, 5), "cached_partial of this Flax fails for an optimizer")
 def test_nnx_optimizer(lenient):
     """Changed in place, also for a function that was compiled around its variables."""
     nnx = pytest.importorskip("flax.nnx")
