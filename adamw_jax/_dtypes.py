@@ -72,10 +72,9 @@ def storage_dtype(param: Any, dtype: Any = None, *, real: bool = False) -> Any:
         return jnp.finfo(param.dtype).dtype if real else param.dtype
     if dtype is None:
         return wide
-    is_complex = jnp.issubdtype(wide, jnp.complexfloating)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return dtype if is_complex else jnp.finfo(dtype).dtype
-    return wide if is_complex else dtype
+        return jnp.finfo(dtype).dtype if real else dtype
+    return wide if jnp.issubdtype(wide, jnp.complexfloating) else dtype
 
 
 def update_dtype(grad: Any, param: Any = None) -> Any:

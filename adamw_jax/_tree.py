@@ -61,9 +61,9 @@ def zeros_like_params(params: Any, dtype: Any = None, *, real: bool = False) -> 
     """Initial moments: zeros in `dtype`, or by default in the compute dtype.
 
     "params" is the dtype of each parameter. The moment of a complex parameter is
-    complex64 at least, and that of a real one is real, as is a `real` moment. Integer
-    and bool parameters are not trained: their zeros have their own dtype. The zeros
-    follow the sharding of the parameters.
+    complex64 at least, unless it is a `real` one. Integer and bool parameters are not
+    trained: their zeros have their own dtype. The zeros follow the sharding of the
+    parameters.
 
     Raises TypeError for a leaf that is not a number, such as a typed PRNG key.
     """
@@ -268,6 +268,9 @@ def map_leaves(
             continue
         new, *rest = f(i, cast(update, dtype) if casts else update, *leaves)
         if casts:
+            if jnp.iscomplexobj(new) and hasattr(param, "dtype"):
+                # A complex moment of a real parameter has no imaginary part.
+                new = new if jnp.iscomplexobj(param) else new.real
             same_kind = jnp.iscomplexobj(update) == jnp.iscomplexobj(new)
             grad = update if same_kind and is_inexact(update) else new
             new = cast(new, update_dtype(grad, param))

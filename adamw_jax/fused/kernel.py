@@ -62,8 +62,9 @@ def reference(decays: bool, p, m, v, g, scalars) -> tuple[Any, Any, Any]:
     new_v = d2 * v.astype(scalars.dtype) + r2 * abs_sq(g)
     u = (new_m / c1) / (jnp.sqrt(new_v / c2 + eps_root) + eps).astype(dtype)
     if decays:
-        u = u + weight_decay * p.astype(g.dtype)
+        u = u + weight_decay * p.astype(dtype)
     u = -learning_rate * u
+    u = u if jnp.iscomplexobj(p) else u.real  # of complex moments of a real parameter
     wide = compute_dtype(p.dtype)
     new_p = (p.astype(wide) + u.astype(wide)).astype(p.dtype)
     return new_p, new_m.astype(m.dtype), new_v.astype(v.dtype)

@@ -282,6 +282,21 @@ def test_the_second_moment_of_a_complex_parameter_is_real():
         assert state.mu.dtype == jnp.complex64 and state.nu.dtype == jnp.float32
 
 
+def test_complex_moments_of_a_real_parameter():
+    """Stored as Optax stores them; the updates stay real, and the same."""
+    params = {"w": jnp.array([1.0, -2.0])}
+    tx, real = aj.adamw(0.1, mu_dtype="complex64"), aj.adamw(0.1)
+    assert optax.tree.get(tx.init(params), "mu")["w"].dtype == jnp.complex64
+    for way in (tx.update, jax.jit(functools.partial(aj.update_and_apply, tx))):
+        ours, state = way(params, tx.init(params), params)
+        expected, _ = real.update(params, real.init(params), params)
+        if way is not tx.update:
+            expected = optax.apply_updates(params, expected)
+        assert ours["w"].dtype == jnp.float32
+        np.testing.assert_allclose(ours["w"], expected["w"], rtol=1e-6)
+        assert_same_dtypes(state, tx.init(params))
+
+
 def test_a_complex_gradient_of_a_real_parameter_is_refused():
     tx = aj.scale_by_adam()
     with pytest.raises(TypeError, match="update w has dtype complex64.* float32"):

@@ -68,13 +68,6 @@ ROWS = [
         "test_real_mu_dtype_of_complex_parameters",
     ),
     Difference(
-        "`mu_dtype`, `accumulator_dtype` of a complex dtype",
-        "complex moments, also of real parameters",
-        "complex ones of complex parameters, and real ones of the same precision",
-        "moments have the kind of the parameters",
-        "test_complex_mu_dtype",
-    ),
-    Difference(
         "`scale_by_adam` with a traced or scheduled beta: the state",
         "as for a number; a schedule is refused",
         "also has the product of the betas, `log_b1` or `log_b2`",

@@ -49,10 +49,6 @@ NAMES = (
 # part of the test's id, with or without the number of its parameters.
 EXPECTED = {
     **{
-        f"test_explicit_dtype{i}": "test_complex_mu_dtype"
-        for i in (6, 7, 8, 18, 19, 20, 42, 43, 44)
-    },
-    **{
         f"test_explicit_dtype{i}": "test_real_mu_dtype_of_complex_parameters"
         for i in range(24, 30)
     },
