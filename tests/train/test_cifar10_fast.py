@@ -190,6 +190,7 @@ def check_resumed(folder, first, whole, results):
         assert again[key] == results[key]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_next_seed(
     finished, cifar_dir, tmp_path, monkeypatch
 ):

@@ -95,6 +95,7 @@ def test_the_table(cifar_dir, tmp_path, monkeypatch, capsys, two_of_ours):
         low_memory.main(config)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_of_the_last_epoch(cifar_dir):
     """With next to no learning rate it is that of the initial network."""
     config = dataclasses.replace(TINY, data_dir=cifar_dir, learning_rate=1e-12)

@@ -73,6 +73,7 @@ def naive_lstm(inputs, kernel, h, c):
     return lax.scan(step, (h, c), inputs)[1]
 
 
+@pytest.mark.slow
 @few
 @given(shape=shapes(time=6, batch=3, width=4))
 @example(shape=(1, 3, 4))

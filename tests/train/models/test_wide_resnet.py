@@ -80,6 +80,7 @@ def test_parameters_of_wrn22():
     assert sum(p.size for p in params) == 9_658_458
 
 
+@pytest.mark.slow
 def test_initial_values():
     """U(0, 1) for the scale of each block's first norm and of the last, else 1."""
     net = WideResNet(2, 32, rngs=nnx.Rngs(0))
@@ -108,6 +109,7 @@ def test_eval_mode(nets):
     close(ours(IMAGES[0]), theirs(nchw(IMAGES[0])).detach())
 
 
+@pytest.mark.slow
 def test_single_precision():
     """Logits and gradients in float32, in the units of the largest one."""
     ours, theirs = both("float32")

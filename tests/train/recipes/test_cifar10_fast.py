@@ -66,6 +66,7 @@ def test_an_image_is_mirrored_in_every_second_epoch():
     assert 30 < flips[0].sum() < 70
 
 
+@pytest.mark.slow
 def test_shifts_are_uniform():
     drawn = tables(dataclasses.replace(TINY, epochs=50, translate=2))
     counts = np.bincount(drawn["shift"].ravel(), minlength=5) / drawn["shift"].size
