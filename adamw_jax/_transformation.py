@@ -53,6 +53,13 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return self
 
 
+def check_transformation(name: str, tx: Any) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"{name} must be a transformation, such as adamw(1e-3), got {tx!r}"
+        )
+
+
 def multiply(grads: optax.Updates, factor: jax.Array | None) -> optax.Updates:
     """Multiplies the gradients by a scalar, in float32 (float64 for float64 ones)."""
     if factor is None:

@@ -70,6 +70,11 @@ def zeros_like_params(params: Any, dtype: Any = None, *, real: bool = False) -> 
 
     def zeros(path, p):
         p = as_array(p)
+        if not hasattr(p, "dtype"):
+            raise TypeError(
+                f"parameter {path_string(path)} must be an array, got {p!r} (replace "
+                "it by None, or freeze it)"
+            )
         if is_inexact(p):
             return jnp.zeros_like(p, dtype=storage_dtype(p, dtype, real=real))
         if jnp.issubdtype(p.dtype, jnp.integer) or p.dtype == bool:
@@ -179,6 +184,19 @@ def leaves_like(updates: Any, name: str, tree: Any) -> list[Any]:
             f"the updates do not have the structure of {name}: "
             f"{describe_mismatch('updates', updates, tree)}"
         ) from None
+
+
+def arrays_only(params: Any) -> Any:
+    """The parameters without leaves such as functions, which are not differentiated.
+
+    Equinox's modules have such leaves, and no program can be passed them.
+    """
+
+    def leaf(p):
+        known = isinstance(p, bool | int | float | complex) or hasattr(p, "dtype")
+        return p if known else None
+
+    return jax.tree.map(leaf, params)
 
 
 def optional_leaves(treedef: Any, params: Any) -> list[Any]:

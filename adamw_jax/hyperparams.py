@@ -142,6 +142,7 @@ def with_hyperparams(
 
     def begin(state):
         """Returns the inner transformation of this step and what ends the step."""
+        _check_state(state, names)
         # Evaluated here: the optimizer may have been rebuilt around the state.
         values, stored, last = values_in_force(
             scheduled_values(schedule_step(state.step)),
@@ -194,6 +195,20 @@ def with_hyperparams(
     )
 
 
+def _check_state(state: Any, names: list[str]) -> None:
+    if not isinstance(state, HyperparamsState):
+        raise TypeError(
+            "the state must be that of tx.init (update takes gradients, state and "
+            f"parameters), got a {type(state).__name__}: from_optax_state converts a "
+            "state of Optax"
+        )
+    if sorted(state.hyperparams) != names:
+        raise ValueError(
+            f"the state must hold {', '.join(names)}, got that of another optimizer "
+            f"with {', '.join(sorted(state.hyperparams))}"
+        )
+
+
 def _resolve_phases(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """Replaces phases by their schedule for each hyperparameter that they set."""
     schedules = dict(hyperparams)
@@ -244,9 +259,10 @@ def values_in_force(scheduled, hyperparams, last_values, names, follows):
         scheduled, hyperparams, last_values, names, follows, strict=True
     ):
         new = jnp.asarray(new, compute_dtype(last.dtype))
-        edited = _differ(old.astype(new.dtype), last.astype(new.dtype))
+        edited = _is_edited(old, last)
         if follow:  # an edit by hand holds until the array changes
-            edited &= ~_differ(new.astype(last.dtype), last)
+            same = new.astype(last.dtype)
+            edited &= (same == last) | (jnp.isnan(same) & jnp.isnan(last))
         hold = is_overridden(last) | edited
         value = jnp.where(hold, _widen(name, old, new.dtype), new)
         stays = is_overridden(last) if follow else hold
@@ -281,6 +297,14 @@ def _is_narrow(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
 
 
-def _differ(value: jax.Array, other: jax.Array) -> jax.Array:
-    """Whether two scalars differ; NaN equals NaN."""
-    return (value != other) & ~(jnp.isnan(value) & jnp.isnan(other))
+def _is_edited(value: jax.Array, last: jax.Array) -> jax.Array:
+    """Whether a value differs from what its schedule gave; NaN equals NaN.
+
+    A compiler may compute a schedule twice, once for each of the two, with different
+    last bits.
+    """
+    tolerance = 8 * float(max(jnp.finfo(x.dtype).eps for x in (value, last)))
+    dtype = compute_dtype(last.dtype)
+    value, last = value.astype(dtype), last.astype(dtype)
+    close = jnp.abs(value - last) <= tolerance * jnp.abs(last)
+    return ~(close | (value == last) | (jnp.isnan(value) & jnp.isnan(last)))

@@ -304,6 +304,11 @@ def to_torch_state_dict(
         torch.Size([3, 2])
     """
     problems = Problems("the state does not fit PyTorch's optimizer:")
+    if isinstance(param_groups, Mapping):
+        raise TypeError(
+            "param_groups must be optimizer.state_dict()['param_groups'], got a dict "
+            f"with {', '.join(map(str, param_groups))}"
+        )
     groups = [dict(group) for group in param_groups]
     state_dict = {"state": {}, "param_groups": groups}
     table = torch_parameters(state_dict, params, names, rename, problems, skip)

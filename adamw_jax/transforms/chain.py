@@ -6,6 +6,7 @@ import optax
 
 from .._transformation import (
     Transformation,
+    check_transformation,
     keep_state_dtypes,
     multiply,
     step_with_factor,
@@ -57,6 +58,8 @@ def chain(
     """
     if not transforms:
         raise ValueError("chain needs at least one transformation, got none")
+    for i, link in enumerate(transforms):
+        check_transformation(f"link {i} of the chain", link)
     wide_updates |= getattr(transforms[-1], "wide_updates", False)
     *front, last = map(keep_state_dtypes, transforms)
 

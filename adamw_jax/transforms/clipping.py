@@ -10,7 +10,7 @@ import optax
 from .._checks import check_array, check_scalar, is_static
 from .._dtypes import abs_sq, as_array, is_inexact, scalar_dtype
 from .._transformation import Transformation, multiply
-from .._tree import narrow, widen
+from .._tree import arrays_only, narrow, path_string, widen
 
 
 def clip_by_global_norm(
@@ -79,7 +79,7 @@ def clip_by_global_norm(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del extra_args
-        return _clip(updates, params, max_norm, eps), state
+        return _clip(updates, arrays_only(params), max_norm, eps), state
 
     return Transformation(init, update, factor=factor)
 
@@ -93,8 +93,13 @@ def _clip(grads, params, max_norm, eps):
 @functools.partial(jax.jit, inline=True)
 def _factor(grads, max_norm, eps):
     dtype = scalar_dtype(grads)
-    leaves = [as_array(g) for g in jax.tree.leaves(widen(grads))]
-    squares = (abs_sq(g).sum().astype(dtype) for g in leaves if is_inexact(g))
+    squares = []
+    for path, g in jax.tree_util.tree_leaves_with_path(widen(grads)):
+        g = as_array(g)
+        if jnp.issubdtype(g.dtype, jnp.integer):
+            raise TypeError(f"update {path_string(path)} has dtype {g.dtype}")
+        if is_inexact(g):  # float0 is the gradient of a leaf that is not trained
+            squares.append(abs_sq(g).sum().astype(dtype))
     total = sum(squares, jnp.zeros([], dtype))
     limit = jnp.asarray(max_norm, dtype)
     # Where a branch is not selected its operand is 1, because the derivative of the

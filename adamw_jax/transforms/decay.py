@@ -2,6 +2,8 @@
 
 import math
 
+import jax.numpy as jnp
+
 from .._checks import check_factor, check_scalar
 from .._transformation import Transformation
 from .._tree import ScalarOrSchedule
@@ -93,7 +95,9 @@ def add_l2_gradient(l2: ScalarOrSchedule = 0.0, mask: Mask = None) -> Transforma
 
 
 def _add_decay(decay, u, p):
-    return u + decay * p
+    # Without decay an infinite parameter stays what it is: 0 times infinity is NaN.
+    no_decay = (decay == 0) & ~jnp.isfinite(p)
+    return u + decay * jnp.where(no_decay, 0, p)
 
 
 def normalized_weight_decay(

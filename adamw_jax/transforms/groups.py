@@ -64,7 +64,7 @@ def scale_by_group(multipliers: Mapping[str, Any], labels: Any) -> Transformatio
             if label not in multipliers:
                 raise ValueError(
                     f"leaf {path_string(path)} has the label {label!r}, but only "
-                    f"{', '.join(multipliers)} have multipliers"
+                    f"{', '.join(map(str, multipliers))} have multipliers"
                 )
         return tree
 
@@ -75,7 +75,7 @@ def scale_by_group(multipliers: Mapping[str, Any], labels: Any) -> Transformatio
         unused = set(multipliers) - used
         if used and unused and not is_part(params):
             raise ValueError(
-                f"no leaf has the label {', '.join(sorted(unused))} of multipliers"
+                f"no leaf has the label {', '.join(map(str, unused))} of multipliers"
             )
         dtype = scalar_dtype(params)
         # Two copies, so that the state can be donated.

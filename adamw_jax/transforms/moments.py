@@ -19,6 +19,7 @@ from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
     are_all_none,
+    arrays_only,
     increment,
     map_leaves,
     schedule_step,
@@ -194,6 +195,7 @@ def scale_by_adam(
         if are_all_none(updates):
             return updates, state
         betas = _current_betas(state, (b1, b2), (bias_correction, bias_correction))
+        params = arrays_only(params)
         return _adam(updates, state, params, *betas, eps, eps_root, *options)
 
     return Transformation(
@@ -393,6 +395,7 @@ def scale_by_amsgrad(
         if are_all_none(updates):
             return updates, state
         betas = _current_betas(state, (b1, b2), (mode_mu, mode_nu))
+        params = arrays_only(params)
         return _amsgrad(updates, state, params, *betas, eps, eps_root, *options)
 
     return Transformation(init, update)

@@ -11,6 +11,7 @@ from .._checks import check_factor, check_storage_dtype
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
+    arrays_only,
     broadcast_factor,
     increment,
     map_leaves,
@@ -86,6 +87,7 @@ def trace(
     ) -> tuple[Any, Any]:
         del extra_args
         mu = decay(schedule_step(state.step)) if callable(decay) else decay
+        params = arrays_only(params)
         return _trace(updates, state, params, mu, nesterov, dampened)
 
     return Transformation(init, update)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .._checks import check_params
 from .._dtypes import compute_dtype
 from .._transformation import Transformation
-from .._tree import increment, map_leaves, schedule_step
+from .._tree import arrays_only, increment, map_leaves, schedule_step
 
 
 def init_key(seed: int) -> jax.Array:
@@ -128,7 +128,7 @@ def round_updates_stochastically(seed: int = 0) -> Transformation:
     def update(updates, state, params=None, **extra_args):
         del extra_args
         check_params(params)
-        return _round_updates(updates, state, params)
+        return _round_updates(updates, state, arrays_only(params))
 
     return Transformation(init, update, wide_updates=True)
 

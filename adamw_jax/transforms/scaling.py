@@ -12,6 +12,7 @@ from .._checks import check_factor, check_params
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
+    arrays_only,
     broadcast_factor,
     increment,
     map_leaves,
@@ -48,6 +49,7 @@ def scheduled(
             check_params(params)
         current = value(schedule_step(state.count)) if callable(value) else value
         selected = None if mask is None else tuple(leaf_flags(mask, params, updates))
+        params = arrays_only(params)
         return _apply_rule(
             updates, state, params, current, rule, selected, needs_params, name
         )

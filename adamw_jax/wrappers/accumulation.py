@@ -10,7 +10,12 @@ import optax
 
 from .._checks import check_scalar
 from .._dtypes import as_array, cast, is_inexact, scalar_dtype
-from .._transformation import Transformation, keep_state_dtypes, multiply
+from .._transformation import (
+    Transformation,
+    check_transformation,
+    keep_state_dtypes,
+    multiply,
+)
 from .._tree import (
     find_states,
     increment,
@@ -103,6 +108,7 @@ def accumulate_gradients(
         [-0. -0.] False
         [-2. -4.] True
     """
+    check_transformation("inner", inner)
     inner = keep_state_dtypes(inner)
     window = _window(every_k)
     wide_updates = getattr(inner, "wide_updates", False)
@@ -162,17 +168,17 @@ def accumulate_gradients(
     def update(
         updates, state, params=None, *, weight=1.0, last=False, **extra_args
     ) -> tuple[Any, AccumulateState]:
-        def run(mean, inner_state, params):
+        def run(mean, inner_state, _):
+            # Not an operand: it may have leaves that are no arrays.
             new, new_state = inner.update(mean, inner_state, params, **extra_args)
             # The dtypes of the other branch.
             return jax.tree.map(lambda u, x: cast(u, x.dtype), new, mean), new_state
 
-        def wait(mean, inner_state, params):
-            del params
+        def wait(mean, inner_state, _):
             # -0.0 is the neutral element: adding 0.0 would flip the sign of -0.0.
             return jax.tree.map(lambda x: jnp.full_like(x, -0.0), mean), inner_state
 
-        new, state = add_to_window(updates, state, params, run, wait, weight, last)
+        new, state = add_to_window(updates, state, None, run, wait, weight, last)
         return new if wide_updates else narrow(new, updates, params), state
 
     def step(

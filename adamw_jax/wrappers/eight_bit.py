@@ -354,6 +354,8 @@ def quantize_moments(
 
 
 def _check_block_size(block_size: int) -> None:
+    if not isinstance(block_size, int):
+        raise TypeError(f"block_size must be an integer, got {block_size!r}")
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size!r}")
 

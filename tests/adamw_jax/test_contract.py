@@ -287,3 +287,33 @@ def test_float32_leaves_stay_float32_under_x64(x64):
     adam = state.inner_state[0]
     for tree in (updates, adam.mu, adam.nu):
         assert tree["a"].dtype == jnp.float32 and tree["b"].dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", ["adamw", "amsgrad", "sgd", "accumulated", "clipped"])
+def test_parameters_with_leaves_that_are_no_arrays(name, lenient):
+    """Equinox's modules have functions; their gradients and states have None there."""
+    tx = ALL[name]() if name in ALL else aj.accumulate_gradients(aj.sgd(0.1), 1)
+    if name == "clipped":
+        tx = aj.chain(aj.clip_by_global_norm(1.0), aj.adam(0.1))
+    arrays = {"w": jnp.ones(3), "act": None}
+    model = arrays | {"act": jax.nn.relu}
+    updates, state = tx.update(arrays, tx.init(arrays), model)
+    expected, right = tx.update(arrays, tx.init(arrays), arrays)
+    chex.assert_trees_all_equal((updates, state), (expected, right))
+    with pytest.raises(TypeError, match="parameter act must be an array, got <"):
+        aj.scale_by_adam().init(model)
+
+
+def test_no_decay_leaves_infinite_parameters():
+    params = jnp.array([-jnp.inf, 1.0])
+    for decay, right in ((0.0, [-jnp.inf, 1.0]), (0.5, [-jnp.nan, 0.95])):
+        tx = aj.sgd(0.1, weight_decay=decay)
+        updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
+        np.testing.assert_allclose(aj.apply_updates(params, updates), right, rtol=1e-6)
+
+
+def test_what_is_no_transformation_is_named():
+    with pytest.raises(TypeError, match="link 1 of the chain must be a transf.*<func"):
+        aj.chain(aj.sgd(0.1), aj.adamw)
+    with pytest.raises(TypeError, match="inner must be a transformation.*got 2"):
+        aj.accumulate_gradients(2, aj.sgd(0.1))

@@ -588,3 +588,26 @@ def test_a_rule_of_sharding_by_rank(name):
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
     for x, sharding in zip(*map(jax.tree.leaves, (sharded, rule)), strict=True):
         assert x.sharding == sharding
+
+
+@pytest.mark.parametrize("ulps", [-4, 4])
+def test_the_last_bits_of_a_schedule_are_no_edit(ulps):
+    """A compiler may compute it twice, with two results that differ in these."""
+    tx = aj.sgd(lambda step: 0.1 / (step.astype(jnp.float32) + 1))
+    _, state = tx.update(G, tx.init(P), P)
+    rate = state.hyperparams["learning_rate"]
+    nearly = rate * (1 + ulps * jnp.finfo(jnp.float32).eps)
+    assert nearly != rate
+    state = state._replace(hyperparams={"learning_rate": nearly})
+    _, state = jax.jit(tx.update)(G, state, P)
+    assert values(state) == pytest.approx({"learning_rate": 0.05})
+    assert np.isfinite(state.last_values).all()
+
+
+def test_the_state_of_another_optimizer_is_named():
+    with pytest.raises(TypeError, match="got a tuple: from_optax_state converts"):
+        aj.adamw(0.1).update(G, optax.adamw(0.1).init(P), P)
+    with pytest.raises(TypeError, match="must be that of tx.init.*got a dict"):
+        aj.adamw(0.1).update(G, P, aj.adamw(0.1).init(P))
+    with pytest.raises(ValueError, match="momentum, got that of another .* b1, b2"):
+        aj.sgd(0.1, 0.9).update(G, aj.adamw(0.1).init(P), P)
