@@ -1,5 +1,6 @@
 """Optimizers and phases that continue from a PyTorch checkpoint."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,9 +9,9 @@ import numpy as np
 import optax
 
 from .._checks import is_static
-from .._tree import is_none, path_string
+from .._tree import find_states, is_none, path_string
 from ..fused.adamw import adamw
-from ..hyperparams import with_hyperparams
+from ..hyperparams import HyperparamsState, with_hyperparams
 from ..masks import mask_by
 from ..optimizers import LearningRate, adam, amsgrad, sgd
 from ..schedules.phases import Phases
@@ -189,7 +190,26 @@ def optimizer_from_torch_state_dict(
         b2=_common_beta("b2", drives, kinds, bias_correction),
         skip=skip,
     )
+    if step is None and isinstance(learning_rate, Phases):
+        _check_goes_on(learning_rate, groups[first_learning(groups)], state)
     return tx, state
+
+
+def _check_goes_on(phases: Phases, group: Mapping[str, Any], state: Any) -> None:
+    """Raises if phases do not give the rate at which a scheduler left the group."""
+    if "initial_lr" not in group or "learning_rate" not in phases.names:
+        return
+    step = int(find_states(state, HyperparamsState)[0].step)
+    # Saved after the step of the scheduler, or before it.
+    rates = [phases.at(k)["learning_rate"] for k in (step, max(step - 1, 0))]
+    rate = float(group["lr"])
+    if not any(math.isclose(rate, x, rel_tol=1e-4, abs_tol=1e-12) for x in rates):
+        raise ValueError(
+            f"the phases give the learning rate {rates[0]:g} at step {step}, that of "
+            f"Adam, but PyTorch's group has {rate:g}: pass step=last_epoch if the "
+            "scheduler is at another step, or updates_per_step to "
+            "phases_from_torch_scheduler if it steps once an epoch"
+        )
 
 
 # ---------------------------------------------------------------------------

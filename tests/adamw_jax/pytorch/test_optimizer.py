@@ -295,3 +295,35 @@ def test_refused(x64, message):
         aj.optimizer_from_torch_state_dict(
             optimizer.state_dict(), read(optimizer), learning_rate=REFUSED[message]
         )
+
+
+def test_phases_at_another_step_than_adam_are_refused():
+    """A scheduler that steps once an epoch, and one that went on without Adam."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    opt = torch.optim.AdamW([parameter], 0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10)
+    for _ in range(3):  # epochs of two steps
+        for _ in range(2):
+            parameter.grad = torch.ones(2)
+            opt.step()
+        scheduler.step()
+    saved, params = opt.state_dict(), {"w": jnp.ones(2)}
+    groups = saved["param_groups"]
+
+    def go_on(step=None, **options):
+        phases = aj.phases_from_torch_scheduler(
+            scheduler.state_dict(), groups, **options
+        )
+        return aj.optimizer_from_torch_state_dict(
+            saved, params, learning_rate=phases, names=["w"], step=step
+        )
+
+    with pytest.raises(
+        ValueError, match="at step 6, .* pass step=last_epoch .* or upd"
+    ):
+        go_on(steps=100)
+    for options in ({"step": 3, "steps": 100}, {"updates_per_step": 2, "steps": 200}):
+        tx, state = go_on(**options)
+        _, state = tx.update(params, state, params)
+        rate = float(aj.current_hyperparams(state)["learning_rate"])
+        assert rate == pytest.approx(groups[0]["lr"], rel=1e-6)
