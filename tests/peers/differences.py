@@ -218,6 +218,13 @@ ROWS = [
         "test_integer_leaves_under_allow_int",
     ),
     Difference(
+        "integer gradients of a float parameter",
+        "as floats",
+        "TypeError that names the leaf",
+        "`jax.grad` gives none, so they are a mistake",
+        "test_integer_gradients_of_a_float_parameter",
+    ),
+    Difference(
         "integer leaves with integer gradients",
         "move by a float update, which is then truncated",
         "stay as they are",

@@ -129,6 +129,15 @@ def test_arrays_without_elements(lib, same, name):
     same(updates, np.ones((0, 3)))
 
 
+def test_integer_gradients_of_a_float_parameter(lib, differs):
+    tx, params = lib.sgd(0.5), jnp.ones(2)
+
+    def update():
+        return tx.update(jnp.array([1, 2]), tx.init(params), params)[0]
+
+    differs(outcome(update), optax=[-0.5, -1.0], here="TypeError")
+
+
 def test_apply_updates_of_none(lib, differs):
     result = outcome(lib.apply_updates, {"a": jnp.ones(1)}, {"a": None})
     differs(result, optax="TypeError", here={"a": [1.0]})
