@@ -1,38 +1,16 @@
 """Pictures in a folder for each class, with or without splits above the classes."""
 
-import collections
 import itertools
-import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+from train.data.image_files import Pictures, abridge, hold_out, printable
+from train.data.listing import Folder, count_images, list_images, look
 
-from train.data.image_files import Files, Pictures, abridge, hold_out, printable
-
-SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-}
-# Besides names that begin with a dot: of Synology, QNAP, macOS, Windows, Python, ext4.
-SYSTEM_NAMES = {
-    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
-    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"),
-    *("system volume information", "__pycache__", "lost+found"),
-}
-_FILLING = r"(set|data|dataset|images?|imgs?|pictures?|photos?|seg|split)"
+_FILLING = r"(set|data|images?|imgs?|pictures?|photos?|seg|split)"
 _SPLIT = re.compile(
     rf"({_FILLING}[\W_]*)*"
     r"((?P<train>train(ing)?)|(?P<valid>val(id(ation)?)?)|(?P<test>test(ing)?))"
@@ -59,7 +37,7 @@ def read(data_dir: Path, root: Path, valid_folder: str | None = None) -> Picture
     """
     if root != data_dir:
         print(f"{printable(data_dir)}: the pictures are in {printable(root)}")
-    found = _look(root)
+    found = look(root)
     train = _train_folder(found)
     if train is not None:
         return _read_splits(found, train, valid_folder)
@@ -71,7 +49,7 @@ def read(data_dir: Path, root: Path, valid_folder: str | None = None) -> Picture
     _check_classes(data_dir, found)
     _refuse_splits(found)
     names = found.folders
-    return hold_out(tuple(map(printable, names)), _list_images(root, names))
+    return hold_out(tuple(map(printable, names)), list_images(root, names))
 
 
 def split_role(name: str) -> str | None:
@@ -89,11 +67,11 @@ def split_role(name: str) -> str | None:
 def unwrap(folder: Path) -> Path:
     """The folder that holds everything, up to two levels below `folder`."""
     for _ in range(2):
-        found = _look(folder)
+        found = look(folder)
         if len(found.folders) != 1 or found.images or split_role(found.folders[0]):
             break
         inside = folder / found.folders[0]
-        if not _look(inside).folders:  # the only class
+        if not look(inside).folders:  # the only class
             break
         folder = inside
     return folder
@@ -104,28 +82,10 @@ def unwrap(folder: Path) -> Path:
 # ---------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
-    """What is directly in a folder, besides hidden and system files."""
-
-    path: Path
-    folders: tuple[str, ...]
-    images: int
-
-
-def _look(folder: Path) -> _Found:
-    folders, images = [], 0
-    for entry in _entries(folder):
-        if _is_folder(entry):
-            folders.append(entry.name)
-        else:
-            images += _is_image(entry.name)
-    return _Found(folder, tuple(folders), images)
-
-
-def _train_folder(found: _Found) -> str | None:
+def _train_folder(found: Folder) -> str | None:
     """The folder of training images. One without folders inside is itself a class."""
     named = [name for name in found.folders if split_role(name) == "train"]
-    named = [name for name in named if _look(found.path / name).folders]
+    named = [name for name in named if look(found.path / name).folders]
     if len(named) > 1:
         raise ValueError(
             f"{printable(found.path)} has several folders of training images, "
@@ -134,24 +94,24 @@ def _train_folder(found: _Found) -> str | None:
     return named[0] if named else None
 
 
-def _read_splits(found: _Found, train: str, valid_folder: str | None) -> Pictures:
+def _read_splits(found: Folder, train: str, valid_folder: str | None) -> Pictures:
     root, valid = found.path, _valid_folder(found, train, valid_folder)
     folder = _inside_split(root / train)
-    names = _look(folder).folders
+    names = look(folder).folders
     if len(names) < 2:
         raise ValueError(
             f"data_dir: only one folder, {printable(names[0])!r} in "
             f"{printable(folder)}. {LAYOUTS}"
         )
-    classes, files = tuple(map(printable, names)), _list_images(folder, names)
+    classes, files = tuple(map(printable, names)), list_images(folder, names)
     if valid is None:
         return hold_out(classes, files)
     valid_path = _inside_split(root / valid, names)
-    inside = _look(valid_path)
+    inside = look(valid_path)
     if inside.images and not inside.folders:
         raise ValueError(
-            f"{printable(valid_path)} has {inside.images} images, but no folder for "
-            "each class"
+            f"{printable(valid_path)} has {count_images(inside.images)}, but no folder "
+            "for each class"
         )
     key = unicodedata.normalize  # macOS writes accents in two characters
     known = {key("NFC", name): name for name in names}
@@ -162,13 +122,13 @@ def _read_splits(found: _Found, train: str, valid_folder: str | None) -> Picture
             f"have: {abridge([printable(name) for name in unknown])}"
         )
     folders = {known[key("NFC", name)]: name for name in inside.folders}
-    valid_files = _list_images(valid_path, [folders.get(name) for name in names])
+    valid_files = list_images(valid_path, [folders.get(name) for name in names])
     return Pictures(
         classes, files, valid_files, f"the images of {printable(Path(valid).name)}/"
     )
 
 
-def _valid_folder(found: _Found, train: str, chosen: str | None) -> str | None:
+def _valid_folder(found: Folder, train: str, chosen: str | None) -> str | None:
     """The folder of validation images beside `train`; prints what is not used."""
     root, others = found.path, [name for name in found.folders if name != train]
     if chosen is not None:
@@ -196,11 +156,11 @@ def _valid_folder(found: _Found, train: str, chosen: str | None) -> str | None:
 
 def _inside_split(folder: Path, classes: Sequence[str] = ()) -> Path:
     """Past one more folder, as in seg_train/seg_train/CLASS or train/images/CLASS."""
-    found = _look(folder)
+    found = look(folder)
     if len(found.folders) != 1 or found.images or found.folders[0] in classes:
         return folder
     inside = folder / found.folders[0]
-    return inside if _look(inside).folders else folder
+    return inside if look(inside).folders else folder
 
 
 # ---------------------------------------------------------------------------
@@ -208,10 +168,12 @@ def _inside_split(folder: Path, classes: Sequence[str] = ()) -> Path:
 # ---------------------------------------------------------------------------
 
 
-def _check_classes(data_dir: Path, found: _Found) -> None:
+def _check_classes(data_dir: Path, found: Folder) -> None:
     if len(found.folders) >= 2:
         return
-    what = f"{found.images} images, but no folder" if found.images else "no folder"
+    what = (
+        f"{count_images(found.images)}, but no folder" if found.images else "no folder"
+    )
     if found.folders:
         what = f"only one folder, {printable(found.folders[0])!r}"
     raise ValueError(
@@ -219,10 +181,10 @@ def _check_classes(data_dir: Path, found: _Found) -> None:
     )
 
 
-def _refuse_splits(found: _Found) -> None:
+def _refuse_splits(found: Folder) -> None:
     """Folders that would be taken for classes, but are splits or have splits inside."""
     root, names = found.path, found.folders
-    inside = {name: _look(root / name) for name in names}
+    inside = {name: look(root / name) for name in names}
     splits = [name for name in names if split_role(name)]
     deep = [n for n in splits if inside[n].folders and not inside[n].images]
     if deep:
@@ -256,9 +218,9 @@ def _refuse_splits(found: _Found) -> None:
 
 def _refuse_unfamiliar(root: Path, train: str, others: Sequence[str]) -> None:
     """No folder beside `train` is known as a split, but one has the same classes."""
-    classes = _look(_inside_split(root / train)).folders
+    classes = look(_inside_split(root / train)).folders
     for name in others:
-        shared = _shared(classes, _look(root / name).folders)
+        shared = _shared(classes, look(root / name).folders)
         if len(shared) > 1:
             raise ValueError(
                 f"{printable(root)}: {_listed([name])} has the folders "
@@ -279,99 +241,3 @@ def _shared(names: Sequence[str], others: Sequence[str]) -> list[str]:
 
 def _listed(names: Sequence[str]) -> str:
     return abridge([f"{printable(name)}/" for name in names]) or "no folders"
-
-
-# ---------------------------------------------------------------------------
-# files
-# ---------------------------------------------------------------------------
-
-
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    """What is in a folder, in order of names, without hidden and system files."""
-    try:
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise ValueError(
-            f"{printable(folder)} cannot be listed: {error.strerror}"
-        ) from error
-    return [
-        entry
-        for entry in entries
-        if not entry.name.startswith(".") and entry.name.casefold() not in SYSTEM_NAMES
-    ]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES
-
-
-def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What is in and below a folder, besides folders. Links are followed, not upwards.
-
-    A folder that links reach twice counts once.
-    """
-    top, folders, seen = folder.resolve(), [folder], set()
-    while folders:
-        path = folders.pop()
-        target = path.resolve()
-        if target in seen or (target != top and top.is_relative_to(target)):
-            continue
-        seen.add(target)
-        for entry in _entries(path):
-            if _is_folder(entry):
-                folders.append(Path(entry.path))
-            else:
-                yield entry
-
-
-def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a pipe or a socket, which would block; a dangling link is not."""
-    try:
-        return not entry.is_file() and Path(entry.path).exists()
-    except OSError:  # a link to itself
-        return False
-
-
-def _list_images(root: Path, classes: Sequence[str | None]) -> Files:
-    """The images of each class in order of file names; prints what is skipped.
-
-    Args:
-        root: the folder of the classes.
-        classes: their folders; None: a class that has none, as it may in validation.
-    """
-    paths, labels, empty, skipped = [], [], [], collections.Counter()
-    for label, name in enumerate(classes):
-        if name is None:
-            continue
-        images = []
-        for entry in _walk(root / name):
-            if _is_special(entry):
-                skipped["special"] += 1
-            elif _is_image(entry.name):
-                images.append(Path(entry.path))
-            else:
-                skipped[Path(entry.name).suffix] += 1
-        paths += sorted(images, key=Path.as_posix)
-        labels += [label] * len(images)
-        if not images:
-            empty.append(printable(name))
-    counts = ", ".join(
-        f"{count} {printable(suffix) or 'without suffix'}"
-        for suffix, count in sorted(skipped.items())
-    )
-    if empty:
-        raise ValueError(
-            f"{printable(root)}: no image ({' '.join(sorted(SUFFIXES))}) in the class "
-            f"folders: {abridge(empty)}" + (f" (but {counts})" if counts else "")
-        )
-    if skipped:
-        print(f"{printable(root)}: skipped files that are not images: {counts}")
-    return Files(tuple(paths), np.array(labels, np.int32))

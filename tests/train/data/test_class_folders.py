@@ -106,6 +106,21 @@ def test_a_second_folder_of_the_same_name(tmp_path, capsys):
     assert len(found.train.paths) == len(found.valid.paths) == 10
 
 
+def test_a_long_name_is_understood_at_once():
+    """Without trying all ways of taking it apart."""
+    assert layout.split_role("dataset" * 36) is None
+    assert layout.split_role("dataset_" * 20 + "train" + "_images" * 12) == "train"
+
+
+@pytest.mark.parametrize("train", ["", "train"])
+def test_pictures_beside_the_folders_are_mentioned(tmp_path, capsys, train):
+    class_folders(tmp_path / train, a=5, b=5)
+    write(tmp_path / train / "cover.jpg")
+    assert pictures.read(tmp_path).classes == ("a", "b")
+    root = tmp_path / train
+    assert capsys.readouterr().out == f"{root}: not used: 1 image beside the folders\n"
+
+
 @pytest.mark.parametrize("above", ["archive", "archive/flowers", "Test/archive"])
 @pytest.mark.parametrize("train", ["", "train"])
 def test_a_folder_above_that_holds_everything(tmp_path, capsys, above, train):
@@ -195,7 +210,7 @@ def test_splits_below_classes_or_without_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="test/, train/ are understood as splits, and"):
         pictures.read(tmp_path / "flat")
     write(tmp_path / "nothing" / "x.jpg")
-    with pytest.raises(ValueError, match="1 images, but no folder in .* Expected"):
+    with pytest.raises(ValueError, match="1 image, but no folder in .* Expected"):
         pictures.read(tmp_path / "nothing")
 
 
@@ -363,5 +378,5 @@ def test_unusable_validation_folders(tmp_path):
     for name in ("a", "x", "y"):
         shutil.rmtree(tmp_path / "valid" / name)
     write(tmp_path / "valid" / "1.jpg")
-    with pytest.raises(ValueError, match="valid has 1 images, but no folder for each"):
+    with pytest.raises(ValueError, match="valid has 1 image, but no folder for each"):
         pictures.read(tmp_path)
