@@ -6,7 +6,7 @@
     python -m train.cars predict IMAGE... --model runs/NAME/model-0.safetensors
 
 DIR is Stanford Cars as published, or any folder with a sub-folder of images per class;
-see train/data/pictures.py. FILE is a .pth or .safetensors with torchvision's names, as
+see docs/reproduce/cars.md. FILE is a .pth or .safetensors with torchvision's names, as
 torchvision and timm publish them, or a model written by this script. With FILE, the
 head is trained alone first, while the body stays frozen with its batch norm in
 evaluation mode. Then the whole network is trained, the first half of the body at a

@@ -7,8 +7,14 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.data.image_files import Pictures, abridge, hold_out, printable
-from train.data.listing import Folder, count_images, list_images, look
+from train.data.image_files import (
+    Pictures,
+    abridge,
+    count_images,
+    hold_out,
+    printable,
+)
+from train.data.listing import Folder, list_images, look
 
 _FILLING = r"(set|data|images?|imgs?|pictures?|photos?|seg|split)"
 _SPLIT = re.compile(

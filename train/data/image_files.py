@@ -4,10 +4,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 EVERY_FIFTH = "every fifth image of each class, in order of file names"
 LAST_OF_EACH = "the last image of each class, in order of file names"
@@ -53,7 +53,7 @@ def hold_out(classes: tuple[str, ...], files: Files) -> Pictures:
 
 
 # ---------------------------------------------------------------------------
-# names in messages
+# names and numbers in messages
 # ---------------------------------------------------------------------------
 
 
@@ -66,6 +66,10 @@ def printable(name: Path | str) -> str:
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     control = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
     return re.sub(control, lambda match: repr(match[0])[1:-1], text)
+
+
+def count_images(count: int) -> str:
+    return f"{count:,} image{'s' * (count != 1)}"
 
 
 def abridge(names: Sequence[str]) -> str:
@@ -99,12 +103,30 @@ def open_image(path: Path, min_side: int = 0) -> Image.Image:
             if min_side:
                 image.draft(None, (min_side, min_side))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return _to_rgb(_upright(image))
     except Exception as error:  # damaged files raise many kinds
         text = str(error) or type(error).__name__
         text = text.replace(repr(str(path)), "").rstrip(": ")  # names the path once
         raise ValueError(f"{printable(path)}: {text}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns or mirrors the image as its EXIF tag says; damaged tags say nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # many kinds
+        return image
+    turns: dict[Any, Image.Transpose] = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    turn = turns.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.data.image_files import Files, abridge, printable
+from train.data.image_files import Files, abridge, count_images, printable
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
@@ -43,10 +43,6 @@ def look(folder: Path) -> Folder:
         else:
             images += _is_image(entry.name)
     return Folder(folder, tuple(folders), images)
-
-
-def count_images(count: int) -> str:
-    return f"{count:,} image{'s' * (count != 1)}"
 
 
 def list_images(root: Path, classes: Sequence[str | None]) -> Files:

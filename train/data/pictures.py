@@ -11,6 +11,7 @@ from train.data.image_files import (
     Files,
     Pictures,
     abridge,
+    count_images,
     open_image,
     printable,
 )
@@ -96,7 +97,7 @@ def _check(data_dir: Path, pictures: Pictures) -> None:
         raise ValueError(f"{source} has no validation images: {why}")
     count = len(train.paths) + len(valid.paths)
     if count >= SLOW:
-        print(f"Reads {count:,} images once, to find damaged ones.", flush=True)
+        print(f"Reads {count_images(count)} once, to find damaged ones.", flush=True)
     with ThreadPoolExecutor(8) as pool:
         errors = pool.map(_decoding_error, train.paths + valid.paths)
         errors = [error for error in errors if error]
@@ -106,10 +107,10 @@ def _check(data_dir: Path, pictures: Pictures) -> None:
         print(f"Classes without validation images: {abridge(not_validated)}")
     same = _in_both(train, valid)
     if same:
-        names = (printable(path.relative_to(data_dir)) for path in same[0])
+        first = " = ".join(printable(path.relative_to(data_dir)) for path in same[0])
         print(
-            f"Warning: {len(same)} validation images are also training images, byte "
-            f"for byte: {' = '.join(names)}{', ...' if len(same) > 1 else ''}"
+            "Warning: both in training and in validation, byte for byte: "
+            f"{count_images(len(same))}, such as {first}"
         )
 
 

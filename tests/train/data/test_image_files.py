@@ -33,6 +33,25 @@ def test_orientation(tmp_path, orientation, suffix):
     np.testing.assert_allclose(np.asarray(image, int), upright, atol=8)
 
 
+def test_damaged_orientation(tmp_path):
+    """The pixels are those of a file without it."""
+    image = Image.new("RGB", (8, 4), (10, 200, 30))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    for name in ("x.jpg", "x.webp"):
+        path = tmp_path / name
+        image.save(path, exif=exif)
+        data = path.read_bytes()
+        assert pictures.open_image(path).size == (4, 8)
+        start = data.index(b"MM\0*")
+        path.write_bytes(data[:start] + b"MMMM" + data[start + 4 :])
+        assert pictures.open_image(path).size == (8, 4)
+        # the type of the resolution, which only writing the tags again would notice
+        start = data.index(b"\x01\x1a", start)
+        path.write_bytes(data[: start + 2] + b"\0\x02" + data[start + 4 :])
+        assert pictures.open_image(path).size == (4, 8)
+
+
 def test_modes_become_rgb(tmp_path):
     def opened(image, name="x.png", **options):
         image.save(tmp_path / name, **options)

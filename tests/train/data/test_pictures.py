@@ -88,8 +88,8 @@ def test_the_same_picture_for_training_and_validation(tmp_path, capsys):
         )
     pictures.read(tmp_path)
     assert capsys.readouterr().out == (
-        "Warning: 2 validation images are also training images, byte for byte: "
-        "valid/a/00.png = train/a/03.png, ...\n"
+        "Warning: both in training and in validation, byte for byte: 2 images, such "
+        "as valid/a/00.png = train/a/03.png\n"
     )
 
 
