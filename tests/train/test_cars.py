@@ -444,7 +444,7 @@ def test_a_run_on_names_that_are_no_utf8(folder, tmp_path, capsys):
     assert results["images"] == (24, 6)
     rows = read_table(out)
     assert {row["class"] for row in rows} == {"red", "$caf\\xe9\\n_{$"}
-    assert any("\\udcff\n" in row["image"] for row in rows)
+    assert any("/\\xff\\n" in row["image"] for row in rows)
     path = pictures.read(data).valid.paths[0]
     cars.predict(cars.Predict((path,), out / "model-0.safetensors"))
     assert "/$caf\\xe9\\n_{$/\\xff\\n04.png\n" in capsys.readouterr().out

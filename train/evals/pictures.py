@@ -54,19 +54,17 @@ def write_predictions(
 ) -> None:
     """Writes a table in UTF-8 with a row per picture, atomically.
 
-    Bytes of a file name that are no UTF-8 are escaped.
+    Bytes of a file name that are no UTF-8, and line breaks, are escaped.
     """
     draft = path.with_suffix(".tmp")
-    with draft.open(
-        "w", newline="", encoding="utf-8", errors="backslashreplace"
-    ) as file:
+    with draft.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "class", "prediction", "probability", "of the class"])
         for p, image, label in zip(
             probabilities, files.paths, files.labels, strict=True
         ):
             best = p.argmax()
-            name = image.relative_to(data_dir).as_posix()
+            name = printable(image.relative_to(data_dir).as_posix())
             rows.writerow(
                 [name, classes[label], classes[best]]
                 + [f"{p[best]:.6f}", f"{p[label]:.6f}"]
