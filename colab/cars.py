@@ -54,9 +54,9 @@ cars.devices.use_compilation_cache()
 
 # %% [markdown]
 # **Settings.** The epochs are the article's: 20 of the head alone and 40 of all. Its
-# batches are of 128 images. A batch cannot exceed the number of training images, and
-# if the device runs out of memory, try fewer. Other pictures or settings need another
-# `run`, the folder of the results.
+# batches are of 128 images; they shrink by themselves where there are few. If the
+# device runs out of memory, try fewer. Other pictures or settings need another `run`,
+# the folder of the results.
 
 # %%
 data_dir, run = Path("pictures"), root / "runs" / "pictures"

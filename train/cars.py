@@ -6,7 +6,7 @@
     python -m train.cars predict IMAGE... --model runs/NAME/model-0.safetensors
 
 DIR is Stanford Cars as published, or any folder with a sub-folder of images per class;
-see train/data/pictures.py. FILE is a .pth or .safetensors with torchvision's names, as
+see docs/reproduce/cars.md. FILE is a .pth or .safetensors with torchvision's names, as
 torchvision and timm publish them, or a model written by this script. With FILE, the
 head is trained alone first, while the body stays frozen with its batch norm in
 evaluation mode. Then the whole network is trained, the first half of the body at a
@@ -62,9 +62,13 @@ class Task(NamedTuple):
 def main(config: Config) -> dict[str, Any]:
     """Trains the unfinished seeds; returns the contents of results.json."""
     config = recipe.resolve(config)
-    data, tensors = pictures.read(config.data_dir), {}
-    train_size = len(data.train.labels)
+    data, tensors = pictures.read(config.data_dir, config.valid_folder), {}
+    train_size, asked = len(data.train.labels), config.batch_size
+    config = recipe.fit_batch_size(config, train_size)
     recipe.check(config, train_size)
+    if config.batch_size != asked:
+        why = f"{asked} does not suit {train_size:,} training images"
+        print(f"batch_size: {config.batch_size}, since {why}.")
     programs = recipe.build(config, train_size, len(data.classes))
     if config.weights:
         tensors, _ = pretrained.read(config.weights)
@@ -306,10 +310,8 @@ def print_progress(task: Task, line: dict[str, Any], seconds_left: float) -> Non
         speed = f"{line['images_per_second']:,.0f} images/s ({waiting})"
     total = task.programs.schedule.total_steps
     sizes = {"epochs": total // task.steps, "steps": total}
-    text = progress_line(
-        line, **sizes, seconds_left=seconds_left, results=results, speed=speed
-    )
-    print(text, flush=True)
+    shown = {"seconds_left": seconds_left, "results": results, "speed": speed}
+    print(progress_line(line, **sizes, **shown), flush=True)
 
 
 def draw(run: Run, task: Task) -> None:

@@ -408,7 +408,7 @@ def test_divergence_ends_the_run(folder, tmp_path):
     [
         *(("recipe", "adam"), ("architecture", "vgg16"), ("width", 0), ("size", 16)),
         *(("epochs", 0), ("frozen_epochs", 3), ("divisors", (0, 1, 1)), ("seed", -1)),
-        *(("batch_size", 1), ("batch_size", 64), ("batch_size", 34), ("seeds", 0)),
+        *(("batch_size", 1), ("batch_size", 0), ("batch_size", -2), ("seeds", 0)),
         *(("workers", -1), ("save_every", 0), ("optimizer", "adamm"), ("size", 31)),
         *(("optimizer", "optax.nothing"), ("weight_decay", 0.1), ("seed", 2**30)),
     ],
@@ -418,6 +418,36 @@ def test_invalid_options(folder, tmp_path, option, value):
     with pytest.raises(ValueError, match=option):
         cars.main(dataclasses.replace(config, **{option: value}))
     assert not list(tmp_path.iterdir())
+
+
+@slow
+@pytest.mark.parametrize(("asked", "used"), [(64, 8), (34, 28)])
+def test_few_pictures_lower_the_batch_size(folder, tmp_path, capsys, asked, used):
+    results, _ = run(folder, tmp_path, batch_size=asked, epochs=1)
+    assert results["changed"]["batch_size"] == used
+    assert f"batch_size: {used}, since {asked} does not suit 36 training images.\n" in (
+        capsys.readouterr().out
+    )
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text")
+def test_a_run_on_names_that_are_no_utf8(folder, tmp_path, capsys):
+    """From one command to the table of predictions and to the model's classes."""
+    data = tmp_path / "data"
+    shutil.copytree(folder / "red", data / "train" / "red")
+    odd = os.fsencode(data / "train") + b"/$caf\xe9\n_{$"
+    shutil.copytree(os.fsencode(folder / "blue"), odd)
+    for name in os.listdir(odd):
+        os.rename(odd + b"/" + name, odd + b"/\xff\n" + name)
+    results, out = run(data, tmp_path, epochs=1)
+    assert results["images"] == (24, 6)
+    rows = read_table(out)
+    assert {row["class"] for row in rows} == {"red", "$caf\\xe9\\n_{$"}
+    assert any("/\\xff\\n" in row["image"] for row in rows)
+    path = pictures.read(data).valid.paths[0]
+    cars.predict(cars.Predict((path,), out / "model-0.safetensors"))
+    assert "/$caf\\xe9\\n_{$/\\xff\\n04.png\n" in capsys.readouterr().out
 
 
 def test_devices_must_divide_the_batch(folder, tmp_path):

@@ -17,6 +17,9 @@ MAX_DEGREES = 10.0
 MAX_LIGHTING = 0.05  # of brightness, for pixels in [0, 1], and of contrast
 ZOOM_PROBABILITY = ROTATION_PROBABILITY = 0.75
 FLIP_PROBABILITY = 0.5
+# The longer side of what is augmented, in pixels and in shorter sides: whichever is
+# more. Views of 5,000 x 1 pixels would ask for 14 GB otherwise.
+MAX_LONGER, MAX_ASPECT = 4096, 8
 
 
 def train_view(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -62,10 +65,16 @@ def normalise(pixels):
 
 
 def _resize(image: Image.Image, shorter_side: int) -> Image.Image:
+    """Scales the shorter side; of very long images, only the middle is kept."""
     ratio = shorter_side / min(image.size)
+    limit = max(MAX_LONGER, MAX_ASPECT * shorter_side)
     width, height = (max(math.floor(n * ratio), shorter_side) for n in image.size)
     filter_ = Image.Resampling.BOX if ratio < 1 else Image.Resampling.BILINEAR
-    return image.resize((width, height), filter_)
+    if max(width, height) <= limit:
+        return image.resize((width, height), filter_)
+    left, top = (max(0.0, (n - limit / ratio) / 2) for n in image.size)
+    box = (left, top, image.width - left, image.height - top)
+    return image.resize((min(width, limit), min(height, limit)), filter_, box)
 
 
 def _rotate(image: Image.Image, degrees: float) -> Image.Image:

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from train.data.augment import MAX_ZOOM, plain_view, train_view
-from train.data.pictures import Files, open_image
+from train.data.image_files import Files, open_image
 
 MAX_CHUNK = 16  # images that a thread reads at a time; a chunk divides the batch
 

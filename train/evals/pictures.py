@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from train.data import loader, pictures
-from train.data.pictures import Files
+from train.data.image_files import Files, printable
 from train.models import classifier
 
 # ---------------------------------------------------------------------------
@@ -52,7 +52,10 @@ def write_predictions(
     classes: tuple[str, ...],
     data_dir: Path,
 ) -> None:
-    """Writes a table with a row per picture, atomically."""
+    """Writes a table in UTF-8 with a row per picture, atomically.
+
+    Bytes of a file name that are no UTF-8, and line breaks, are escaped.
+    """
     draft = path.with_suffix(".tmp")
     with draft.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -61,7 +64,7 @@ def write_predictions(
             probabilities, files.paths, files.labels, strict=True
         ):
             best = p.argmax()
-            name = image.relative_to(data_dir).as_posix()
+            name = printable(image.relative_to(data_dir).as_posix())
             rows.writerow(
                 [name, classes[label], classes[best]]
                 + [f"{p[best]:.6f}", f"{p[label]:.6f}"]
@@ -104,7 +107,7 @@ def predict(config: Predict) -> dict[Path, np.ndarray]:
             continue
         p = classifier.class_probabilities(model, image, config.views, config.seed)
         probabilities[image_path] = p
-        print(image_path)
+        print(printable(image_path))
         for best in p.argsort()[::-1][: config.top]:
             print(f"  {100 * p[best]:6.2f} %  {model.classes[best]}")
     if errors:

@@ -50,7 +50,7 @@ for split, images in zip(("train", "test"), read_cifar10(sys.argv[1])):
 (Path(sys.argv[2]) / "done").touch()
 EOF
 fi
-train cifar10-body --data-dir "$out/cifar10-images" --size 64 \
+train cifar10-body --data-dir "$out/cifar10-images" --valid-folder test --size 64 \
   --epochs "${CIFAR10_EPOCHS:-20}" --recipe adamw
 body=$out/cifar10-body/model-0.safetensors
 for recipe in adam-l2 adamw; do

@@ -53,6 +53,9 @@ class Config(Output):
     # adam-l2: the article's; adamw: with decoupled decay
     recipe: Literal["adam-l2", "adamw"] = "adam-l2"
     weights: Path | None = None  # .pth or .safetensors of a ResNet; None: from scratch
+    # of the validation images, beside train/, such as test; None: valid or val, or else
+    # a fifth of the training images
+    valid_folder: str | None = None
 
     architecture: Architecture = "resnet50"
     width: int = 64  # channels of the first convolution; torchvision's is 64
@@ -76,7 +79,7 @@ class Config(Output):
     div: float = 10.0  # peak over the first learning rate
     pct: float = 0.1  # share of the epochs in the final annealing
     b1: tuple[float, float] = (0.95, 0.85)  # high and low, of ours; momentum of SGD
-    batch_size: int = 128  # the last batch of an epoch may be smaller
+    batch_size: int = 128  # less with few images; an epoch's last may be smaller
 
     seed: int = 0  # of the first run: head (or all weights), order, augmentation
     seeds: int = 1  # runs
@@ -100,7 +103,8 @@ GROUPS = {  # the article's three groups of layers
     "head": HEAD,
 }
 MAY_CHANGE_ON_RESUME = (
-    *("data_dir", "weights", "seeds", "workers", "save_every", "tensorboard"),
+    *("data_dir", "valid_folder", "weights", "seeds", "workers", "save_every"),
+    "tensorboard",
 )
 
 
@@ -126,11 +130,35 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, dtype=dtype, **unset)
 
 
+def smallest_batch(batch_size: int) -> int:
+    """How many images the last batch needs, for batch norm's statistics."""
+    return max(2, min(8, batch_size // 4))
+
+
+def fit_batch_size(config: Config, train_size: int) -> Config:
+    """Lowers the batch size if the training images are too few for it.
+
+    The new one is the largest that the last batch of an epoch also suits; where all
+    images are less than a batch, one with about four steps per epoch. A batch of all
+    images is not split among devices that do not divide it.
+    """
+    asked, count = config.batch_size, jax.device_count()
+    if asked % count:
+        return config  # which `check` refuses
+    few = train_size < asked
+    highest = min(train_size, max(8, -(-train_size // 4))) if few else asked
+    for size in range(highest - highest % count, 1, -count):
+        remainder = train_size % size
+        if not remainder or remainder >= smallest_batch(size):
+            return dataclasses.replace(config, batch_size=size)
+    return dataclasses.replace(config, batch_size=train_size) if few else config
+
+
 def check(config: Any, train_size: int) -> None:
     """Checks a resolved configuration."""
     c = config
     remainder = train_size % max(c.batch_size, 1)
-    smallest = max(2, min(8, c.batch_size // 4))
+    smallest = smallest_batch(c.batch_size)
     rules = {
         "architecture": (c.architecture in LAYERS, f"one of {', '.join(LAYERS)}"),
         "width": (c.width >= 1, "at least 1"),
@@ -154,7 +182,7 @@ def check(config: Any, train_size: int) -> None:
         "save_every": (c.save_every > 0, "above 0"),
     }
     check_options(c, rules)
-    if c.batch_size % jax.device_count():
+    if c.batch_size % jax.device_count() and c.batch_size != train_size:
         raise ValueError(
             f"batch_size must be a multiple of the {jax.device_count()} devices that "
             f"share a batch, got {c.batch_size}"

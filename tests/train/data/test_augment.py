@@ -103,6 +103,48 @@ def test_the_shortest_side_is_scaled():
     np.testing.assert_allclose(large[7, :, 0], 10 * at, rtol=0, atol=0.51)
 
 
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(
+    ("length", "target", "kept", "filter_"),
+    [
+        (10_000, 20, 4096, Image.Resampling.BILINEAR),  # would be 20,000 x 20
+        (10_000, 5, 4096, Image.Resampling.BOX),  # 5,000 x 5
+        (8190, 5, 4095, Image.Resampling.BOX),
+        (500, 600, 4800, Image.Resampling.BILINEAR),  # 6,000 x 600
+    ],
+)
+def test_of_very_long_images_the_middle_is_kept(length, target, kept, filter_, upright):
+    image = make_picture(length, 50 if target == 600 else 10)
+    width = length * target // image.height
+    complete = image.resize((width, target), filter_)
+    left = (complete.width - kept) // 2
+    middle = np.asarray(complete, int)[:, left : left + kept]
+    if upright:
+        image, middle = (
+            image.transpose(Image.Transpose.TRANSPOSE),
+            middle.swapaxes(0, 1),
+        )
+    ours = np.asarray(augment._resize(image, target), int)
+    np.testing.assert_allclose(ours, middle, rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("size", [(5000, 1), (1, 5000), (100_000, 3), (300, 200)])
+def test_what_a_picture_may_ask_for(monkeypatch, size):
+    """Pixels of the largest intermediate image, for any shape and draw."""
+    new, pixels = Image.new, []
+
+    def record(mode, size, *args):
+        pixels.append(size[0] * size[1])
+        return new(mode, size, *args)
+
+    monkeypatch.setattr(Image, "new", record)
+    image = make_picture(*size)
+    for view in (changed(zooms=0, zoom=1, turns=0, angle=0), changed(turns=0, angle=1)):
+        assert augment.train_view(image, view, 224).shape == (224, 224, 3)
+    assert len(pixels) >= 2 and max(pixels) < 5e6  # 15 MB; without bound 14 GB
+    assert augment.plain_view(image, 224).shape == (224, 224, 3)
+
+
 @pytest.mark.parametrize("brightness", [-0.05, 0.0, 0.03])
 @pytest.mark.parametrize("contrast", [-0.05, 0.0, 0.05])
 def test_lighting(brightness, contrast):

@@ -1,5 +1,9 @@
 """Predictions for files: order, the padded last batch, and what is printed."""
 
+import os
+import shutil
+import sys
+
 import numpy as np
 import pytest
 from sample_pictures import make_picture
@@ -59,6 +63,21 @@ def test_write_predictions(files, tmp_path):
     name = files.paths[1].relative_to(folder).as_posix()
     assert lines[2] == f'{name},green,"blue, dark",0.700000,0.200000'
     assert len(lines) == 6 and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text")
+def test_names_that_are_no_utf8(files, model, tmp_path, capsys):
+    """In the table, which is in UTF-8, and on the terminal."""
+    path = tmp_path / os.fsdecode(b"caf\xe9\n.png")
+    shutil.copy(files.paths[0], path)
+    odd = Files((path,), np.zeros(1, np.int32))
+    write_predictions(tmp_path / "a.csv", np.ones((1, 3)) / 3, odd, CLASSES, tmp_path)
+    lines = (tmp_path / "a.csv").read_text("utf-8").splitlines()
+    assert lines[1].startswith("caf\\xe9\\n.png,") and len(lines) == 2
+    predict(Predict((path,), model, top=1))
+    printed = capsys.readouterr().out
+    assert f"\n{tmp_path}/caf\\xe9\\n.png\n" in printed
+    printed.encode()
 
 
 def test_predict_with_augmented_views(files, model, capsys):

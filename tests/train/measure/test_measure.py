@@ -177,6 +177,7 @@ def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
             assert config.weights is None
         where = out / "cifar10-images" if name == "cifar10-body" else inputs / "CARS"
         assert config.data_dir == where
+        assert config.valid_folder == ("test" if name == "cifar10-body" else None)
     _, commands = measure(*command)  # what failed is repeated
     again = [
         words[words.index("--name") + 1] for words in commands if "--name" in words
@@ -222,7 +223,7 @@ def test_cifar10_as_a_folder_per_class(cifar_dir, tmp_path, monkeypatch):
     code = script.split("<<'EOF'")[1].split("EOF")[0].partition("\n")[2]
     monkeypatch.setattr("sys.argv", ["-", str(cifar_dir), str(tmp_path / "images")])
     exec(compile(code, "cars.sh", "exec"), {})
-    written = pictures.read(tmp_path / "images")
+    written = pictures.read(tmp_path / "images", "test")
     train, test = cifar10.read_cifar10(cifar_dir)
     assert written.split == "the images of test/"
     for files, expected in ((written.train, train), (written.valid, test)):

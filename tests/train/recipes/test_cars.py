@@ -85,6 +85,48 @@ def test_from_scratch_there_is_one_stage_with_one_rate():
     assert not stage.frozen
 
 
+@pytest.mark.parametrize(
+    ("asked", "train_size", "devices", "size"),
+    [
+        (128, 8144, 1, 128),  # the article's: a last batch of 80
+        (128, 129, 1, 121),  # 129 = 121 + 8; a last batch of 1 would not do
+        (16, 33, 1, 15),  # 15 + 15 + 3
+        (16, 33, 2, 14),
+        (128, 32, 1, 8),
+        (16, 8, 1, 8),
+        (128, 127, 1, 32),  # 3 x 32 + 31
+        (128, 127, 4, 32),
+        (128, 3, 1, 3),
+        (128, 3, 2, 3),
+        (128, 2, 2, 2),
+        (128, 5, 8, 5),  # fewer images than devices: all of them see all images
+        (2, 7, 1, 2),  # none does: refused
+        (15, 40, 2, 15),
+        (0, 40, 2, 0),
+    ],
+)
+def test_few_images_lower_the_batch_size(monkeypatch, asked, train_size, devices, size):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    config = recipe.resolve(recipe.Config(PICTURES, batch_size=asked))
+    fitted = recipe.fit_batch_size(config, train_size)
+    assert fitted.batch_size == size
+    if asked % devices == 0 and asked > 2:
+        recipe.check(fitted, train_size)
+    else:
+        with pytest.raises(ValueError, match="batch_size must be"):
+            recipe.check(fitted, train_size)
+
+
+def test_any_number_of_images_has_a_batch_size():
+    count = jax.device_count()
+    for asked in (64 * count, 16 * count):
+        config = recipe.resolve(recipe.Config(PICTURES, batch_size=asked))
+        for train_size in range(2, 300):
+            fitted = recipe.fit_batch_size(config, train_size)
+            assert 2 <= fitted.batch_size <= asked
+            recipe.check(fitted, train_size)
+
+
 @pytest.mark.slow
 def test_first_stage_trains_the_head_alone():
     """The body's parameters and running statistics keep every bit."""
