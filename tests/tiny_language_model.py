@@ -48,9 +48,9 @@ def metrics(folder):
 
 def train_tiny(out, **changes):
     """Trains on a text that is in the folder, or written there; returns its run's."""
-    if not (out / "train.txt").exists():
+    if not (out / "train.txt").exists() and "data_dir" not in changes:
         write_text(out)
-    config = dataclasses.replace(TINY, data_dir=out, out=out, **changes)
+    config = dataclasses.replace(TINY, **{"data_dir": out, "out": out} | changes)
     with (
         pytest.MonkeyPatch.context() as patch,
         jax.numpy_rank_promotion("allow"),

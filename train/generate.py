@@ -5,8 +5,9 @@
 
 Each word is drawn from the network's prediction after all words before it. A
 temperature below 1 favours likely words, 0 takes the likeliest, and top-k draws from
-the k likeliest. The same command generates the same text. It also works during
-training: it reads the last checkpoint.
+the k likeliest. The same command generates the same text. The network is that with the
+lowest validation loss, or the last one with --network last. It also works during
+training. Characters are drawn where the network has been trained on characters.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from train.data import text
+from train.data import own_text, text
 from train.recipes.check import check_options
 from train.run import devices, trained_language_model
 
@@ -43,6 +44,7 @@ class Config:
     samples: int = 1  # texts
     seed: int = 0  # of the draws
     run_seed: int | None = None  # of the network; None: the first with a checkpoint
+    network: trained_language_model.Network = "best"  # on the validation text, or last
     allow_unknown: bool = False  # also draw <unk>
 
 
@@ -124,7 +126,9 @@ def sample(
 def main(config: Config) -> list[str]:
     """Prints the texts and returns them."""
     check(config)
-    trained = trained_language_model.load(config.folder, config.run_seed)
+    trained = trained_language_model.load(
+        config.folder, config.run_seed, config.network
+    )
     vocabulary = trained.vocabulary
     print(trained_language_model.describe(config.folder, trained))
     prompt = split_prompt(config.prompt, trained)
@@ -143,7 +147,7 @@ def main(config: Config) -> list[str]:
         top_k=config.top_k,
     )
     texts = [
-        text.detokenise([*prompt, *(vocabulary[i] for i in row)])
+        text.detokenise([*prompt, *(vocabulary[i] for i in row)], trained.unit)
         for row in np.asarray(drawn)
     ]
     for i, each in enumerate(texts):
@@ -153,10 +157,10 @@ def main(config: Config) -> list[str]:
 
 
 def split_prompt(prompt: str, trained: trained_language_model.Trained) -> list[str]:
-    """Words, split as in the text of the run."""
+    """Tokens, split as in the text of the run."""
     if trained.data_dir is None:
         return text.words(prompt)
-    return prompt.replace("\n", f" {text.EOS} ").split()
+    return own_text.split_tokens(prompt + "\n", trained.unit)[:-1]
 
 
 def wrap(lines: str) -> str:

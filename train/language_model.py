@@ -2,15 +2,19 @@
 
     python -m train.language_model                           # a small LSTM, 2 minutes
     python -m train.language_model qrnn --recipe adamw
+    python -m train.language_model --data-dir notes.txt      # your own text
     python -m train.language_model lstm --data-dir DIR       # all of WikiText-2
 
-Without --data-dir, the text is the documentation that comes with Python and the network
-is small. DIR contains wiki.{train,valid,test}.tokens, the publisher's zip, or your own
-{train,valid,test}.txt. An n-gram model of the same text is the baseline.
+Without --data-dir, the text is the documentation that comes with Python. One file, or
+a folder of .txt and .md files, is split in order: 80 % to train, 10 % to validate, 10 %
+to test. DIR has the three: wiki.{train,valid,test}.tokens, the publisher's zip, or your
+own {train,valid,test}.txt. Tokens are words, or characters where a text has no spaces.
+Their number chooses network, dropout and training: the article's from a million on,
+small ones below; --small and --large choose by name. The baseline is an n-gram model.
 
 A run writes to runs/NAME: config.json, vocabulary.json, metrics.jsonl, curves.png,
-checkpoints/ and results.json. If it is killed, the same command without --overwrite
-resumes from the last checkpoint and ends with the same bits.
+checkpoints/, best-SEED.npz and results.json. If it is killed, the same command without
+--overwrite resumes from the last checkpoint and ends with the same bits.
 
     python -m train.generate runs/NAME       # generates text
     python -m train.tune_cache runs/NAME     # tunes the neural cache
@@ -19,7 +23,7 @@ Chunks of text have the article's random lengths. Each is padded to the next of 
 compiled lengths, and the padding counts nowhere. One call of one program trains on many
 chunks. Perplexity is that of the whole text as a single stream, every token but the
 first; the article left out the end that does not fill 2,000 tokens. Unlike Salesforce,
-we evaluate the last network, not the best one.
+we report the last network, and beside it the best one, which best-SEED.npz keeps.
 """
 
 import argparse
@@ -35,15 +39,16 @@ import optax
 
 from adamw_jax import Phases
 from train.data import chunks, text
-from train.evals import kneser_ney, perplexity
+from train.evals import perplexity
 from train.plots import curves
 from train.recipes import language_model as recipe
 from train.recipes.check import check_options, run_rules
-from train.run import checkpoint, devices, log
+from train.recipes.text_size import Size, choose_size
+from train.run import checkpoint, devices, log, report_language_model
+from train.run import trained_language_model as trained
 from train.run.folder import Run
 from train.run.output import Output
-from train.run.report import changed_settings, machine, progress_line, spread, summary
-from train.run.trained_language_model import text_hash, vocabulary_hash
+from train.run.report import progress_line
 
 # ---------------------------------------------------------------------------
 # config
@@ -52,37 +57,69 @@ from train.run.trained_language_model import text_hash, vocabulary_hash
 
 @dataclasses.dataclass(frozen=True)
 class Config(Output, recipe.Config):
-    """Trains a language model. MODEL, --recipe and --data-dir change other defaults."""
+    """Trains a language model. MODEL, --recipe and the text change other defaults."""
 
-    data_dir: Path | None = None  # WikiText-2 or your text; None: Python's docs
+    # WikiText-2; or your text, a file or a folder; None: Python's docs
+    data_dir: Path | None = None
+    # of network and training; --small, --large; by default, the text's length decides
+    size: Size = "small"
+    # a token: a word or mark, what is spaced, a character; None: the text decides
+    unit: text.Unit | None = None
+    min_count: int | None = None  # of a word; rarer ones are <unk>; None: 1 or 2
     seed: int = 0  # of the first run: weights, dropout, lengths of chunks
     seeds: int = 1  # runs
     save_every: float = 60.0  # seconds between checkpoints
     tensorboard: bool = False  # also write events for TensorBoard
 
 
-MAY_CHANGE_ON_RESUME = ("data_dir", "seeds", "save_every", "tensorboard")
+# The text itself may not change: its hash is compared.
+MAY_CHANGE_ON_RESUME = (
+    *("data_dir", "size", "unit", "min_count"),
+    *("seeds", "save_every", "tensorboard"),
+)
 
 
 def parse_args(args: list[str]) -> Config:
-    """From the command line, where the model may come first, without --model."""
+    """From the command line, where the model may come first, without --model.
+
+    Reads the text, except with --large or --help: its length changes other defaults.
+    """
     import tyro
 
     if args and args[0] in ("lstm", "qrnn"):
         args = ["--model", *args]
+    args = [f"--size={a[2:]}" if a in ("--small", "--large") else a for a in args]
+
+    def number(value: str) -> int | None:
+        return None if value == "None" else int(value)
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", choices=("lstm", "qrnn"), default="lstm")
     first.add_argument("--recipe", choices=recipe.RECIPES, default="adam-l2")
-    first.add_argument("--data-dir", "--data_dir")
+    first.add_argument("--size", choices=("small", "large"))
+    first.add_argument("--data-dir", "--data_dir", default="None")
+    first.add_argument("--unit", choices=("words", "spaced", "characters", "None"))
+    first.add_argument("--min-count", "--min_count", type=number)
     known = first.parse_known_args(args)[0]
-    small = known.data_dir in (None, "None")
-    default = defaults(known.model, known.recipe, small)
+    tokens, size = None, known.size or "small"
+    no_need = known.size == "large" or known.data_dir == "None"
+    if not no_need and not {"-h", "--help"} & {*args}:
+        unit = None if known.unit == "None" else known.unit
+        tokens = len(text.load(Path(known.data_dir), unit, known.min_count).train)
+        size = known.size or choose_size(tokens)
+    default = defaults(known.model, known.recipe, size == "small", tokens)
     return tyro.cli(Config, args=args, default=default)
 
 
-def defaults(model: Any = "lstm", recipe_name: Any = "adam-l2", small: bool = True):
-    """The settings of a recipe; small: for Python's documentation, on a CPU."""
-    return Config(**vars(recipe.defaults(model, recipe_name, small)))
+def defaults(
+    model: Any = "lstm",
+    recipe_name: Any = "adam-l2",
+    small: bool = True,
+    tokens: int | None = None,
+) -> Config:
+    """The settings of a recipe; see `recipes.language_model.defaults`."""
+    settings = vars(recipe.defaults(model, recipe_name, small, tokens))
+    return Config(**settings, size="small" if small else "large")
 
 
 # ---------------------------------------------------------------------------
@@ -99,20 +136,21 @@ def main(config: Config) -> dict[str, Any]:
         config,
         run_rules(config) | {"save_every": (config.save_every >= 0, "at least 0")},
     )
-    corpus = text.load(config.data_dir)
+    corpus = text.load(config.data_dir, config.unit, config.min_count)
     columns = chunks.columns(corpus.train, config.batch_size)
     programs = recipe.build(config, len(corpus.vocabulary), len(columns))
+    report_language_model.print_text(config, corpus)
     with Run(
         config,
         script="language_model",
         name=run_name(config),
         may_change=MAY_CHANGE_ON_RESUME,
-        vocabulary=vocabulary_hash(corpus.vocabulary),
-        text=text_hash(corpus),
+        vocabulary=trained.vocabulary_hash(corpus.vocabulary),
+        text=trained.text_hash(corpus),
         tokens=[len(split) for split in corpus[:3]],
     ) as run:
         if not (run.folder / "vocabulary.json").exists():
-            content = {"words": corpus.vocabulary}
+            content = {"words": corpus.vocabulary, "unit": corpus.unit}
             log.write_json(run.folder / "vocabulary.json", content)
         if run.seeds_left:
             setup = compile_setup(config, programs, corpus, columns, run)
@@ -124,7 +162,9 @@ def main(config: Config) -> dict[str, Any]:
         else:
             print(f"{run.folder} is already finished; --overwrite starts again.")
         draw(config, programs.schedule, run)
-        return report(config, corpus, run)
+        return report_language_model.report(
+            config, corpus, run, (*MAY_CHANGE_ON_RESUME, "seed")
+        )
 
 
 def run_name(config: Config) -> str:
@@ -173,8 +213,9 @@ def compile_setup(config, programs, corpus, columns: np.ndarray, run: Run) -> Se
     parameters = sum(p.size for p in jax.tree.leaves(compiled.state.params))
     print(
         f"{run.folder}: {parameters:,} parameters, {len(corpus.train):,} tokens, "
-        f"{len(corpus.vocabulary):,} words, about {schedule.total_steps:,} steps, on "
-        f"{start['devices']}, compiled in {start['compile_seconds']:.1f} s\n{schedule}",
+        f"{len(corpus.vocabulary):,} different, about {schedule.total_steps:,} steps, "
+        f"on {start['devices']}, compiled in {start['compile_seconds']:.1f} s\n"
+        f"{schedule}",
         flush=True,
     )
     return Setup(config, programs, compiled, corpus, on_devices, run)
@@ -189,12 +230,10 @@ def train(setup: Setup, rows: int) -> None:
         plan = chunks.plan(rows, config.bptt, seed, config.epochs, config.chunks)
         with run.checkpoints(seed) as checkpoints:
             state = train_seed(setup, plan, seed, checkpoints, meter)
-            results = {
-                "valid": evaluate(setup, state, setup.corpus.valid),
-                "test": evaluate(setup, state, setup.corpus.test),
-            }
+            results = evaluate(setup, recipe.evaluation_params(state))
+            best = evaluate_best(setup, state, seed)
             checkpoints.wait()
-            run.log("end", seed=seed, step=int(state.step), **results)
+            run.log("end", seed=seed, step=int(state.step), **results, best=best)
         meter.seeds -= 1
 
 
@@ -256,32 +295,49 @@ def end_epoch(setup: Setup, state: recipe.State, line, tokens: int, meter: Meter
         ).mean()
     )
     check_losses(setup, np.array([valid_loss]), seed, line["step"] - 1)
-    trained, loss, total = np.asarray(state.sums, np.float64)
+    tokens_seen, loss, total = np.asarray(state.sums, np.float64)
     speed = meter.tokens_per_second
-    line |= {"loss": loss / trained, "total": total / trained}
+    line |= {"loss": loss / tokens_seen, "total": total / tokens_seen}
     line |= {"valid_loss": valid_loss}
     line |= {"seconds": tokens / speed, "tokens_per_second": speed}
-    run.log("epoch", **line)
     losses = [epoch["valid_loss"] for epoch in run.lines("epoch", seed)]
+    if valid_loss < min(losses, default=np.inf):
+        at = line["epoch"], line["step"], valid_loss
+        best = trained.Best(recipe.evaluation_params(state), *at)
+        trained.save_best(run.folder, seed, best)
+    run.log("epoch", **line)
+    losses.append(valid_loss)
     return line, recipe.start_averaging(setup.config, state, losses)
 
 
-def evaluate(setup: Setup, state: recipe.State, tokens: np.ndarray) -> dict[str, Any]:
-    """Perplexity without the neural cache and with it."""
-    config, programs = setup.config, setup.programs
-    return perplexity.evaluate(
-        perplexity.segments(
-            programs.read,
-            recipe.evaluation_params(state),
-            programs.net.initial_state(1),
-            tokens,
-        ),
-        len(tokens) - 1,
-        theta=config.theta,
-        lambda_=config.lambda_,
-        window=config.window,
-        convention=config.pointer,
-    )
+def evaluate(setup: Setup, params: Any) -> dict[str, Any]:
+    """Perplexity of both texts without the neural cache and with it."""
+    config, programs, results = setup.config, setup.programs, {}
+    for split in ("valid", "test"):
+        tokens, start = getattr(setup.corpus, split), programs.net.initial_state(1)
+        results[split] = perplexity.evaluate(
+            perplexity.segments(programs.read, params, start, tokens),
+            len(tokens) - 1,
+            theta=config.theta,
+            lambda_=config.lambda_,
+            window=config.window,
+            convention=config.pointer,
+        )
+    return results
+
+
+def evaluate_best(setup: Setup, state: recipe.State, seed: int) -> dict[str, Any]:
+    """The epoch with the lowest validation loss; its perplexity if it is not the last.
+
+    A run that was begun before best networks were kept has the epoch alone.
+    """
+    epochs = setup.run.lines("epoch", seed)
+    epoch = min(epochs, key=lambda line: line["valid_loss"])
+    found = {key: epoch[key] for key in ("epoch", "step", "valid_loss")}
+    best = trained.read_best(setup.run.folder, seed, state.params)
+    if best is None or best.epoch != epoch["epoch"] or epoch is epochs[-1]:
+        return found
+    return found | evaluate(setup, best.params)
 
 
 # ---------------------------------------------------------------------------
@@ -334,64 +390,6 @@ def print_progress(config: Config, line: dict[str, Any], last: int, meter: Meter
 def draw(config: Config, schedule: Phases, run: Run) -> None:
     path = run.folder / "curves.png"
     curves.plot_language_model(run.lines(), schedule, config.epochs, path)
-
-
-def collect_results(config: Config, corpus: text.Corpus, run: Run) -> dict[str, Any]:
-    """The content of results.json, from the log."""
-    ends = [end for seed in run.seeds for end in run.lines("end", seed)]
-    for end in ends:
-        epochs = run.lines("epoch", end["seed"])
-        end["train_seconds"] = sum(line["seconds"] for line in epochs)
-        speeds = [line["tokens_per_second"] for line in epochs]
-        end["tokens_per_second"] = float(np.mean(speeds))
-    default = recipe.defaults(config.model, config.recipe, config.data_dir is None)
-    results: dict[str, Any] = {
-        "model": config.model,
-        "recipe": config.recipe,
-        "changed": changed_settings(config, default, (*MAY_CHANGE_ON_RESUME, "seed")),
-        "tokens": [len(split) for split in corpus[:3]],
-        "words": len(corpus.vocabulary),
-        "n": len(ends),
-        "train_seconds": float(np.mean([end["train_seconds"] for end in ends])),
-        **machine(run.lines("start")),
-        "runs": ends,
-    }
-    end_of_line = corpus.vocabulary.index(text.EOS)
-    for split in ("valid", "test"):
-        ngrams = kneser_ney.perplexity(
-            corpus.train, getattr(corpus, split), len(corpus.vocabulary), end_of_line
-        )
-        results[split] = {"n-gram": ngrams}
-        for key in ("perplexity", "with_cache"):
-            results[split][key] = summary([end[split][key] for end in ends])
-    if results["tokens"] == recipe.WIKITEXT2_TOKENS:
-        results["article"] = recipe.PUBLISHED.get((config.model, config.recipe))
-    return results
-
-
-def report(config: Config, corpus: text.Corpus, run: Run) -> dict[str, Any]:
-    """Writes results.json and prints its main numbers."""
-    results = collect_results(config, corpus, run)
-    log.write_json(run.folder / "results.json", results)
-
-    def both(key: str) -> str:
-        return " / ".join(spread(results[split][key]) for split in ("valid", "test"))
-
-    changed = "".join(f", {key} {value}" for key, value in results["changed"].items())
-    ngrams = f"{results['valid']['n-gram']:.2f} / {results['test']['n-gram']:.2f}"
-    print(
-        f"{config.model}, {config.recipe}{changed}: perplexity (validation / test, "
-        f"n = {results['n']}) {both('perplexity')}, with the neural cache "
-        f"{both('with_cache')}.\nInterpolated Kneser-Ney 5-grams on the same text: "
-        f"{ngrams}.\n{results['train_seconds']:.1f} s of training per run on "
-        f"{results['devices']}, after {results['compile_seconds'][-1]:.1f} s of "
-        "compilation."
-    )
-    if results.get("article"):
-        numbers = [f"{x[0]} / {x[1]}" for x in results["article"] if x]
-        print(f"Published, without and with the cache: {', '.join(numbers)}.")
-    print(f"Wrote {run.folder}.", flush=True)
-    return results
 
 
 if __name__ == "__main__":

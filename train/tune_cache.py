@@ -38,6 +38,7 @@ class Config:
     folder: Path  # of a run of train.language_model: runs/NAME
     data_dir: Path | None = None  # of the run's text; None: where it was
     seed: int | None = None  # of the run; None: the first with a checkpoint
+    network: trained_language_model.Network = "last"  # or best, on the validation text
     # tokens in the cache
     windows: tuple[int, ...] = (100, 200, 500, 1000, 2000, neural_cache.WINDOW, 6000)
     # how sharply the cache prefers near states
@@ -91,9 +92,10 @@ def load_text(config: Config, trained: Trained) -> text.Corpus:
     if data_dir and not data_dir.exists():
         raise ValueError(
             f"data_dir: the text of the run is no longer in {data_dir}: pass its new "
-            "folder as --data-dir"
+            "folder, or file, as --data-dir"
         )
-    corpus = text.load(data_dir)
+    unit = trained.unit if data_dir else None
+    corpus = text.load(data_dir, unit, trained.min_count)
     if corpus.vocabulary != trained.vocabulary:
         source = data_dir or "this Python's documentation"
         raise ValueError(
@@ -162,7 +164,7 @@ def find_edges(config: Config, tuned: neural_cache.Tuned, n: int) -> list[str]:
 def main(config: Config) -> dict[str, Any]:
     """Tunes, evaluates and writes; returns the content of cache-SEED.json."""
     check(config)
-    trained = trained_language_model.load(config.folder, config.seed)
+    trained = trained_language_model.load(config.folder, config.seed, config.network)
     corpus = load_text(config, trained)
     run = trained.config
     path = config.folder / f"cache-{trained.seed}.json"
@@ -199,6 +201,7 @@ def main(config: Config) -> dict[str, Any]:
     names = ("window", "theta", "lambda_")
     content = settings | {
         "seed": trained.seed,
+        "network": trained.network,
         "ended": trained.ended,
         **{k: dict(zip(names, point, strict=True)) for k, point in points.items()},
         **results,

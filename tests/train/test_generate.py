@@ -186,7 +186,9 @@ def test_the_texts(run, capsys):
         assert {*words} <= {*WORDS, ".", "\n", "", "xyz"}
         assert len([w for w in words if w]) == 103
     head, *_ = printed.splitlines()
-    assert head == f"{run}, seed 0, step {trained_language_model.load(run).step:,}"
+    best = trained_language_model.load(run, network="best")
+    assert best.network == "best" and best.epoch
+    assert head == trained_language_model.describe(run, best)
     assert "read as <unk>: xyz\n" in printed
     assert " 2 of 3 -" in printed
     assert max(map(len, printed.splitlines()[1:])) <= 88
@@ -218,7 +220,7 @@ def test_unknown_words_on_request(copy):
     params["bias"][...] = params["bias"][...].at[pad].set(60.0)
     save_state(copy, step=trained.step + 1, params=params)
     for allow in (False, True):
-        config = generate.Config(copy, tokens=30, allow_unknown=allow)
+        config = generate.Config(copy, tokens=30, allow_unknown=allow, network="last")
         (drawn,) = generate.main(config)
         assert (drawn.split() == ["<unk>"] * 30) == allow
         assert ("<unk>" in drawn) == allow
@@ -230,6 +232,14 @@ def test_prompts_are_cut_as_the_text_was(run):
     prompt = "The tower's Height,\nis 12"
     files = ["The", "tower's", "Height,", "<eos>", "is", "12"]
     assert generate.split_prompt(prompt, trained) == files
+    words = trained._replace(unit="words")
+    marks = ["The", "tower's", "Height", ",", "<eos>", "is", "12"]
+    assert generate.split_prompt(prompt, words) == marks
+    characters = trained._replace(unit="characters")
+    assert generate.split_prompt("a b\nc", characters) == [*"a b", "<eos>", "c"]
+    for unit in ("words", "spaced", "characters"):
+        assert generate.split_prompt("", trained._replace(unit=unit)) == []
+    assert generate.split_prompt("a\n", trained) == ["a", "<eos>"]
     embedded = trained._replace(data_dir=None)
     own = ["the", "tower's", "height", ",", "is", "12"]
     assert generate.split_prompt(prompt, embedded) == own

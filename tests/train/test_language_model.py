@@ -1,7 +1,9 @@
 """train.language_model on a tiny text: runs, restarts, refusals, the command line."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -38,11 +40,15 @@ from train import language_model
 from train.data import chunks, text
 from train.evals import kneser_ney, perplexity
 from train.recipes import language_model as recipe
-from train.run import checkpoint, folder, log
+from train.run import checkpoint, folder, log, trained_language_model
 
 pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
 SIMPLE = {"layers": 1, "lengths": 1}  # quick to compile
+
+
+class Killed(BaseException):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def test_results(finished, data_dir):
     results = json.loads((finished / "results.json").read_text())
     assert {path.name for path in finished.iterdir()} == {
         *("config.json", "vocabulary.json", "metrics.jsonl", "curves.png"),
-        *("checkpoints", "results.json"),
+        *("checkpoints", "results.json", "best-0.npz", "best-1.npz"),
     }
     assert results["n"] == 2 and results["words"] == WORDS + 3
     assert results["changed"]["epochs"] == EPOCHS and "seeds" not in results["changed"]
@@ -417,6 +423,131 @@ def test_tensorboard(run, tmp_path):
 
 
 # ---------------------------------------------------------------------------
+# one text of one's own, and the best network
+# ---------------------------------------------------------------------------
+
+
+def write_notes(path):
+    """Of the sizes of the other text. What is held out follows other rules, so that
+    the longer a network learns, the worse it does there."""
+    rng, words = np.random.default_rng(1), []
+    for part, size in enumerate((560, 140)):
+        chances = np.random.default_rng(part).dirichlet(np.full(WORDS, 0.05), WORDS)
+        word = 0
+        for _ in range(size):
+            word = rng.choice(WORDS, p=0.9 * chances[word] + 0.1 / WORDS)
+            words.append(f"w{word}")
+    lines = (" ".join(words[i : i + 7]) for i in range(0, len(words), 7))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory):
+    """The folder of a run on a file, and what it printed."""
+    out = tmp_path_factory.mktemp("own")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        folder = train_tiny(out, data_dir=write_notes(out / "notes.txt"))
+    return folder, printed.getvalue()
+
+
+def test_a_text_in_one_file(overfitted):
+    folder, printed = overfitted
+    notes = folder.parent / "notes.txt"
+    first, second, *_ = printed.splitlines()
+    assert first == (
+        f"{notes}, split in order, at the ends of lines: 640, 80, 80 words to train, "
+        "validate and test."
+    )
+    assert second.startswith(
+        "640 words to train: small settings (or --large), 2 layers"
+    )
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["size"], results["unit"]) == ("small", "words")
+    assert results["changed"]["epochs"] == EPOCHS and "unit" not in results["changed"]
+    assert json.loads((folder / "vocabulary.json").read_text())["unit"] == "words"
+    for split in ("valid", "test"):
+        assert results[split]["unknown"] == 0.0
+    assert "Unknown words, <unk>: 0.0% / 0.0%." in printed
+
+
+def test_the_best_network_is_kept_and_evaluated(overfitted):
+    folder, printed = overfitted
+    lines = [line for line in metrics(folder) if line["event"] == "epoch"]
+    losses = [line["valid_loss"] for line in lines]
+    index = int(np.argmin(losses))
+    assert index < EPOCHS - 1
+    best = trained_language_model.load(folder, network="best")
+    last = trained_language_model.load(folder)
+    assert (best.epoch, best.step) == (index + 1, lines[index]["step"])
+    assert (last.epoch, last.step) == (None, EPOCHS * STEPS)
+    corpus = text.load(folder.parent / "notes.txt")
+    (end,) = [line for line in metrics(folder) if line["event"] == "end"]
+    read = perplexity.reader(best.graphdef)
+    for network, found in ((best, end["best"]), (last, end)):
+        net = nnx.merge(network.graphdef, network.params)
+        for split in ("valid", "test"):
+            tokens = getattr(corpus, split)
+            raw = net(tokens[:-1, None], net.initial_state(1)).raw
+            logs = jax.nn.log_softmax(net.logits(raw))[:, 0]
+            plain = np.asarray(logs, np.float64)[np.arange(len(raw)), tokens[1:]]
+            expected = np.exp(-plain.mean())
+            assert found[split]["perplexity"] == pytest.approx(expected, rel=1e-5)
+        start = net.initial_state(1)
+        loss = -perplexity.log_probs(read, network.params, start, corpus.valid).mean()
+        at = index if network is best else -1
+        assert losses[at] == pytest.approx(loss, rel=1e-4)
+    assert {key: end["best"][key] for key in ("epoch", "step", "valid_loss")} == {
+        key: lines[index][key] for key in ("epoch", "step", "valid_loss")
+    }
+    assert (
+        f"Seed 0: best at epoch {index + 1} of {EPOCHS}, then it overfits (validation "
+        f"perplexity {np.exp(losses[index]):.2f}, "
+        f"{end['valid']['perplexity']:.2f} at the end). The best network is in "
+        f"best-0.npz: test perplexity {end['best']['test']['perplexity']:.2f}"
+    ) in printed
+
+
+def test_an_interrupted_run_keeps_the_same_best_network(
+    overfitted, tmp_path, monkeypatch
+):
+    """Stopped when the best one has been written, but not the line of its epoch."""
+    whole, _ = overfitted
+    (end,) = [line for line in metrics(whole) if line["event"] == "end"]
+    append_line = log.append_line
+
+    def append(path, line):
+        if line["event"] == "epoch" and line["epoch"] == end["best"]["epoch"]:
+            raise Killed
+        append_line(path, line)
+
+    settings = {"out": tmp_path, "data_dir": whole.parent / "notes.txt"}
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "append_line", append)
+        with pytest.raises(Killed):
+            start(**settings)
+    stopped = tmp_path / "run"
+    assert (stopped / "best-0.npz").exists()
+    start(**settings)
+    assert untimed(stopped) == untimed(whole)
+    one, other = (np.load(folder / "best-0.npz") for folder in (stopped, whole))
+    same_bits(dict(one), dict(other))
+
+
+def test_a_run_that_kept_no_best_network_goes_on(copied, run, capsys):
+    """Of an earlier version: nothing to evaluate, and nothing to load."""
+    for path in copied.glob("best-*.npz"):
+        path.unlink()
+    assert trained_language_model.load(copied, network="best").network == "last"
+    lines = [x for x in metrics(copied) if x["event"] != "end" or x["seed"] == 0]
+    log.rewrite_lines(copied / "metrics.jsonl", lines)
+    run(seeds=2)
+    ends = [line for line in metrics(copied) if line["event"] == "end"]
+    assert set(ends[1]["best"]) == {"epoch", "step", "valid_loss"}
+
+
+# ---------------------------------------------------------------------------
 # what it refuses
 # ---------------------------------------------------------------------------
 
@@ -465,6 +596,8 @@ def test_tensorboard(run, tmp_path):
         ({"l2": -1.0}, "l2 must be.*got -1.0"),
         ({"chunks": "chunky"}, "chunks must be one of article, salesforce, got"),
         ({"data_dir": Path("nowhere")}, "'nowhere' does not exist"),
+        ({"unit": "letters"}, "unit must be None or one of words, .*got 'letters'"),
+        ({"min_count": 0}, "min_count must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused_before_a_folder_is_made(
@@ -540,26 +673,64 @@ def test_the_shortest_text(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "model", "name", "small"),
+    ("args", "model", "name", "tokens"),
     [
-        ([], "lstm", "adam-l2", True),
-        (["qrnn"], "qrnn", "adam-l2", True),
-        (["--model", "qrnn"], "qrnn", "adam-l2", True),
-        (["--recipe", "adamw", "--data-dir", "x"], "lstm", "adamw", False),
-        (["qrnn", "--data-dir=x", "--recipe=salesforce"], "qrnn", "salesforce", False),
-        (["--data_dir", "x"], "lstm", "adam-l2", False),
+        ([], "lstm", "adam-l2", None),
+        (["qrnn"], "qrnn", "adam-l2", None),
+        (["--model", "qrnn"], "qrnn", "adam-l2", None),
+        (["--recipe", "adamw", "--data-dir", "x"], "lstm", "adamw", 641),
+        (["--data-dir=x", "--small"], "lstm", "adam-l2", 641),
+        (["qrnn", "--data-dir=x", "--recipe=salesforce"], "qrnn", "salesforce", 10**6),
+        (["--data_dir", "x"], "lstm", "adam-l2", 10**6),
+        (["--data_dir", "x", "--small"], "lstm", "adam-l2", 10**6),
+        (["--data_dir", "x", "--large"], "lstm", "adam-l2", 641),
+        (["--size", "large"], "lstm", "adam-l2", None),
     ],
 )
-def test_model_recipe_and_data_change_the_other_defaults(args, model, name, small):
+def test_model_recipe_and_text_change_the_other_defaults(
+    args, model, name, tokens, data_dir, monkeypatch
+):
+    """From a million training tokens on, the article's settings."""
+    corpus = text.load(data_dir)
+    larger = corpus._replace(train=np.zeros(tokens or 0, np.int32))
+    monkeypatch.setattr(text, "load", lambda *_: larger)
     config = language_model.parse_args(args)
-    data_dir = None if small else Path("x")
-    expected = language_model.defaults(model, name, small)
-    assert config == dataclasses.replace(expected, data_dir=data_dir)
+    small = (tokens or 0) < 10**6
+    if "--small" in args or "large" in str(args):
+        small = "--small" in args
+    expected = language_model.defaults(model, name, small, tokens)
+    place = Path("x") if tokens else None
+    assert config == dataclasses.replace(expected, data_dir=place)
+    assert config.size == ("small" if small else "large")
     given = ["--epochs", "7", "--b1", "0.9", "0.6", "--optimizer-args", "eps", "1e-6"]
     more = {"epochs": 7, "b1": (0.9, 0.6), "optimizer_args": {"eps": 1e-6}}
     assert language_model.parse_args([*args, *given]) == dataclasses.replace(
         config, **more
     )
+
+
+def test_the_command_line_reads_the_text(tmp_path):
+    """As the run does, by words or characters; not for --large or --help."""
+    path = tmp_path / "notes.txt"
+    path.write_text("word " * 50_000)
+    arguments = ["--data-dir", str(path), "--min-count", "3"]
+    config = language_model.parse_args(arguments)
+    assert config == dataclasses.replace(
+        language_model.defaults(tokens=40_001), data_dir=path, min_count=3
+    )
+    assert (config.batch_size, config.chunks) == (20, "article")
+    config = language_model.parse_args([*arguments, "--unit", "characters"])
+    assert (config.batch_size, config.unit) == (20, "characters")
+    path.write_text("word " * 40_000)
+    config = language_model.parse_args(arguments)
+    assert (config.batch_size, config.chunks) == (8, "salesforce")
+    path.write_bytes(b"\0")
+    with pytest.raises(ValueError, match="byte 0 is NUL"):
+        language_model.parse_args(arguments)
+    assert language_model.parse_args([*arguments, "--large"]).width == 1150
+    with pytest.raises(SystemExit) as stop:
+        language_model.parse_args([*arguments, "--help"])
+    assert stop.value.code == 0
 
 
 @pytest.mark.parametrize("args", [["gru"], ["--recipe", "sgd"], ["--bppt", "7"]])
@@ -622,6 +793,8 @@ def check_killed(killed, whole):
     assert untimed(killed) == untimed(whole)
     same_bits(final_state(killed), final_state(whole))
     assert final_state(killed)["averaged"] > 0
+    one, other = (dict(np.load(path / "best-0.npz")) for path in (killed, whole))
+    same_bits(one, other)
     starts = [line for line in metrics(killed) if line["event"] == "start"]
     assert len(starts) == len(MOMENTS) + 1
     results, expected = (
@@ -629,10 +802,6 @@ def check_killed(killed, whole):
     )
     for key in ("valid", "test", "words", "tokens"):
         assert results[key] == expected[key]
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.slow

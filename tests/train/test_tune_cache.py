@@ -121,7 +121,8 @@ def test_the_whole_job(copy, capsys):
     assert not list(copy.glob("*.tmp"))
 
     # what is printed
-    assert f"{copy}, seed 0, step {end['step']:,}\n" in printed
+    assert f"{copy}, seed 0, last network, step {end['step']:,}\n" in printed
+    assert content["network"] == "last"
     rows = [line.split() for line in printed.splitlines()]
     both = [f"{results[split]['tuned']:.2f}" for split in ("valid", "test")]
     assert ["tuned", *(f"{value:.4g}" for value in best), *both] in rows

@@ -34,6 +34,7 @@ from train.recipes.optimizer import (
     make_optimizer,
     optimizer_rules,
 )
+from train.recipes.text_size import small_settings
 from train.run import devices
 
 # ---------------------------------------------------------------------------
@@ -113,12 +114,6 @@ QRNN: dict[str, Any] = {
     **{"width": 1550, "layers": 4, "input_dropout": 0.4, "weight_dropout": 0.1},
     **{"alpha": 2.0, "beta": 1.0},
 }
-SMALL: dict[str, Any] = {  # for Python's documentation, on a CPU
-    **{"embedding": 128, "width": 256, "layers": 2},
-    **{"epochs": 24, "batch_size": 20, "bptt": 35, "lengths": 4},
-    **{"words_dropout": 0.05, "input_dropout": 0.3, "hidden_dropout": 0.1},
-    **{"output_dropout": 0.2, "weight_dropout": 0.25, "alpha": 2.0, "beta": 1.0},
-}
 PUBLISHED = {  # validation and test perplexity, without the cache and with it
     ("lstm", "adam-l2"): ((68.7, 65.5), (52.9, 50.9)),
     ("qrnn", "adam-l2"): ((69.6, 66.7), (53.6, 51.7)),
@@ -129,9 +124,19 @@ WIKITEXT2_TOKENS = [2_088_628, 217_646, 245_569]  # train, validation, test
 
 
 def defaults(
-    model: Any = "lstm", recipe: Any = "adam-l2", small: bool = True
+    model: Any = "lstm",
+    recipe: Any = "adam-l2",
+    small: bool = True,
+    tokens: int | None = None,
 ) -> Config:
-    """The settings of a recipe; small: for Python's documentation, on a CPU."""
+    """The settings of a recipe.
+
+    Args:
+        model: lstm or qrnn.
+        recipe: one of `RECIPES`.
+        small: for a small text, on a CPU. False: the article's.
+        tokens: to train on, of a small text; None: as Python's documentation has.
+    """
     settings = RECIPES[recipe]
     if model == "qrnn":
         settings = settings | QRNN
@@ -140,14 +145,7 @@ def defaults(
         elif settings.get("l2", 1):
             settings |= {"l2": 1e-6}
     if small:
-        settings = settings | SMALL
-        if model == "qrnn":
-            settings |= {"layers": 3, "input_dropout": 0.2, "weight_dropout": 0.05}
-        if recipe == "salesforce":
-            # in so short a run, averaging must start early to start at all
-            settings |= {"epochs": 40, "average_after": 1, "pointer": "article"}
-        else:
-            settings |= {"learning_rate": 1e-2}
+        settings = settings | small_settings(tokens, model, recipe)
     return Config(model=model, recipe=recipe, **settings)
 
 

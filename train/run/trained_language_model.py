@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +15,33 @@ from train.data import text
 from train.recipes import language_model as recipe
 from train.run import checkpoint, log
 
+Network = Literal["best", "last"]
+
 
 class Trained(NamedTuple):
     config: recipe.Config
     data_dir: Path | None  # of the text; None: Python's documentation
+    unit: text.Unit  # what a token is
+    min_count: int | None  # see `text.load`
     vocabulary: tuple[str, ...]
     text: str | None  # hash of the training, validation and test text
     seed: int
-    step: int  # of the checkpoint
+    network: Network
+    step: int  # of the network
+    epoch: int | None  # that ended with the best network
     ended: bool  # False: the run is unfinished
     graphdef: Any
     params: Any  # for evaluation: the average, if there is one
 
 
-def load(folder: Path, seed: int | None = None) -> Trained:
-    """Reads the last checkpoint of a run, which may be in progress. Writes nothing.
+def load(folder: Path, seed: int | None = None, network: Network = "last") -> Trained:
+    """Reads a network of a run, which may be in progress. Writes nothing.
 
     Args:
         folder: of the run, runs/NAME.
         seed: of the run; None: the first one that has a checkpoint.
+        network: "last": of the last checkpoint; "best": of the epoch with the lowest
+            validation loss so far, or the last where a run has kept no best one.
 
     Raises:
         ValueError: there is no such folder, seed or checkpoint, or they do not match.
@@ -46,35 +54,123 @@ def load(folder: Path, seed: int | None = None) -> Trained:
     config = _read_config(settings)
     seed = _find_seed(folder, settings, seed)
     path = folder / "vocabulary.json"
-    words = tuple(json.loads(path.read_text(encoding="utf-8"))["words"])
+    content = json.loads(path.read_text(encoding="utf-8"))
+    words = tuple(content["words"])
     if vocabulary_hash(words) != settings["vocabulary"]:
         raise ValueError(f"{path} is not the vocabulary of this run: was it changed?")
 
     net = nnx.eval_shape(lambda: recipe.make_network(config, len(words), 0))
-    graphdef, params = nnx.split(net)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    like: Any = {"step": number, "params": params, "averaged": number}
-    like["sums"] = jax.ShapeDtypeStruct((3,), jnp.float32)
-    like["average"] = params if config.average_after else None
-    ended = bool(log.read_events(folder, "end", seed))
-    restored = checkpoint.read(folder / "checkpoints" / str(seed), like)
-    state = recipe.State(**restored, opt=(), hidden=())
+    graphdef, like = nnx.split(net)
+    best = read_best(folder, seed, like) if network == "best" else None
+    if best is None:
+        params, step, epoch = *_read_last(folder, seed, config, like), None
+    else:
+        params, step, epoch = best.params, best.step, best.epoch
     return Trained(
         config=config,
         data_dir=settings.get("data_dir") and Path(settings["data_dir"]),
+        unit=content.get("unit", "spaced"),
+        min_count=settings.get("min_count"),
         vocabulary=words,
         text=settings.get("text"),
         seed=seed,
-        step=int(state.step),
-        ended=ended,
+        network="last" if best is None else "best",
+        step=step,
+        epoch=epoch,
+        ended=bool(log.read_events(folder, "end", seed)),
         graphdef=graphdef,
-        params=recipe.evaluation_params(state),
+        params=params,
     )
 
 
 def describe(folder: Path, trained: Trained) -> str:
+    epoch = "" if trained.epoch is None else f" (epoch {trained.epoch})"
     state = "" if trained.ended else " of an unfinished run"
-    return f"{folder}, seed {trained.seed}, step {trained.step:,}{state}"
+    return (
+        f"{folder}, seed {trained.seed}, {trained.network} network, "
+        f"step {trained.step:,}{epoch}{state}"
+    )
+
+
+# ---------------------------------------------------------------------------
+# the best network, in a file of its own beside the checkpoints
+# ---------------------------------------------------------------------------
+
+
+class Best(NamedTuple):
+    params: Any
+    epoch: int
+    step: int
+    valid_loss: float
+
+
+def best_path(folder: Path, seed: int) -> Path:
+    return folder / f"best-{seed}.npz"
+
+
+def save_best(folder: Path, seed: int, best: Best) -> None:
+    """Replaces the file atomically: arrays by their path, and what the best is of."""
+    path = best_path(folder, seed)
+    arrays: dict[str, Any] = best._asdict()
+    del arrays["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(best.params)
+    arrays |= {_array_name(where): np.asarray(leaf) for where, leaf in leaves}
+    draft = path.with_suffix(".tmp")
+    with draft.open("wb") as file:
+        np.savez(file, **arrays)
+    draft.replace(path)
+
+
+def read_best(folder: Path, seed: int, like: Any) -> Best | None:
+    """The best network so far, with the structure of `like`; None if none was kept.
+
+    Raises:
+        ValueError: the file is of another network.
+    """
+    path = best_path(folder, seed)
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        arrays = dict(file)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    found = [arrays.get(_array_name(where)) for where, _ in leaves]
+    for array, (where, leaf) in zip(found, leaves, strict=True):
+        if array is None or array.shape != leaf.shape or array.dtype != leaf.dtype:
+            raise ValueError(
+                f"{path} does not fit the settings of its run, whose "
+                f"{_array_name(where)} is {leaf.dtype}{list(leaf.shape)}: were they "
+                "changed?"
+            )
+    placed = [  # on the devices of `like`, for which the programs are compiled
+        jax.device_put(array, getattr(leaf, "sharding", None))
+        for array, (_, leaf) in zip(found, leaves, strict=True)
+    ]
+    return Best(
+        jax.tree.unflatten(structure, placed),
+        int(arrays["epoch"]),
+        int(arrays["step"]),
+        float(arrays["valid_loss"]),
+    )
+
+
+def _array_name(path: Any) -> str:
+    return "params" + jax.tree_util.keystr(path)
+
+
+def _read_last(folder: Path, seed: int, config: recipe.Config, params: Any):
+    """The parameters of the last checkpoint, and its step."""
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    like: Any = {"step": number, "params": params, "averaged": number}
+    like["sums"] = jax.ShapeDtypeStruct((3,), jnp.float32)
+    like["average"] = params if config.average_after else None
+    restored = checkpoint.read(folder / "checkpoints" / str(seed), like)
+    state = recipe.State(**restored, opt=(), hidden=())
+    return recipe.evaluation_params(state), int(state.step)
+
+
+# ---------------------------------------------------------------------------
+# identity
+# ---------------------------------------------------------------------------
 
 
 def text_hash(corpus: text.Corpus) -> str:

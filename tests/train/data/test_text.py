@@ -155,7 +155,7 @@ words = st.text("ab", min_size=1, max_size=3)
 @settings(deadline=None)
 def test_vocabulary(lines, max_vocabulary, min_count):
     train = [word for line in lines for word in [*line, "<eos>"]]
-    ids, valid, _, vocabulary = text._corpus(
+    ids, valid, _, vocabulary, *_ = text._corpus(
         [train, ["zz", "<eos>"], []], max_vocabulary, min_count
     )
     assert vocabulary[0] == "<pad>"
@@ -230,8 +230,12 @@ def test_bad_zips(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="cannot be read as a zip"):
         text.wikitext2(path)
-    with pytest.raises(ValueError, match="wiki.train.tokens must be a folder or a zip"):
-        text.wikitext2(write(tmp_path) / "wiki.train.tokens")
+    notes = write(tmp_path, "{}.txt") / "notes.txt"
+    notes.write_text("a b c\n")
+    with pytest.raises(ValueError, match="notes.txt must be a folder or a zip"):
+        text.wikitext2(notes)
+    with pytest.raises(ValueError, match="is one of the texts of .*pass that"):
+        text.load(write(tmp_path) / "wiki.train.tokens")
 
 
 @pytest.mark.parametrize(

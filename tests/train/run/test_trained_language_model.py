@@ -21,7 +21,13 @@ from train.data import text
 from train.recipes import language_model as recipe
 from train.run import checkpoint, log
 from train.run.folder import exclusive
-from train.run.trained_language_model import describe, load
+from train.run.trained_language_model import (
+    Best,
+    describe,
+    load,
+    read_best,
+    save_best,
+)
 
 pytestmark = pytest.mark.usefixtures("lenient", "fast_compile")
 
@@ -104,7 +110,7 @@ def test_load_of_a_run_in_progress(copy):
     trained = load(copy)
     assert not trained.ended
     step = f"step {trained.step:,} of an unfinished run"
-    assert describe(copy, trained) == f"{copy}, seed 0, {step}"
+    assert describe(copy, trained) == f"{copy}, seed 0, last network, {step}"
     # its last checkpoint is removed while it is read
     load_tree, newer = ocp.load, trained.step + 5
 
@@ -121,6 +127,26 @@ def test_load_of_a_run_in_progress(copy):
         loaded = load(copy)
     assert loaded.step == newer
     same_bits(loaded.params, jax.tree.map(lambda p: p + 1, trained.params))
+
+
+def test_load_the_best_network(copy):
+    """By its own file, in the structure of the network, and never half written."""
+    last = load(copy)
+    assert (last.network, last.epoch, last.unit) == ("last", None, "spaced")
+    params = jax.tree.map(lambda p: p + 1, last.params)
+    save_best(copy, 0, Best(params, 3, 57, 2.5))
+    best = load(copy, network="best")
+    same_bits(best.params, params)
+    nnx.merge(best.graphdef, best.params)
+    assert (best.network, best.epoch, best.step) == ("best", 3, 57)
+    assert describe(copy, best) == f"{copy}, seed 0, best network, step 57 (epoch 3)"
+    assert not list(copy.glob("*.tmp"))
+    kept = read_best(copy, 0, last.params)
+    assert kept is not None and kept.valid_loss == 2.5
+    assert read_best(copy, 1, last.params) is None
+    change_config(copy, width=24)
+    with pytest.raises(ValueError, match=r"best-0.npz does not fit .*\['layers'\]"):
+        load(copy, network="best")
 
 
 def test_load_of_several_seeds(copy):
