@@ -36,6 +36,7 @@ from train.plots.curves import plot_switches
 from train.recipes.check import check_options
 from train.references import resnet as torch_resnet
 from train.run import report
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -389,4 +390,4 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_command(main, parse_args)

@@ -11,7 +11,6 @@ training: it reads the last checkpoint.
 
 import dataclasses
 import functools
-import sys
 import textwrap
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from jax import lax
 from train.data import text
 from train.recipes.check import check_options
 from train.run import devices, trained_language_model
+from train.run.command import run_command
 
 # ---------------------------------------------------------------------------
 # config
@@ -169,4 +169,4 @@ def wrap(lines: str) -> str:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args(sys.argv[1:]))
+    run_command(main, parse_args)

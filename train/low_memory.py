@@ -46,6 +46,7 @@ from train.models.small import CNN
 from train.recipes.check import check_options
 from train.references import loop as torch_loop
 from train.run import devices, report
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -63,7 +64,6 @@ class Config(Output):
     data_dir: Path | None = None  # CIFAR-10's official files; None: tensorflow-datasets
     train_size: int = 5000  # training images
     eval_size: int = 5000  # test images
-
     width: int = 16  # channels of the first convolution
     epochs: int = 8
     batch_size: int = 50
@@ -397,4 +397,4 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args())
+    run_command(main, parse_args)

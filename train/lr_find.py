@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +31,7 @@ from train.recipes import language_model as recipe
 from train.recipes.check import check_options
 from train.recipes.optimizer import make_optimizer
 from train.run import devices
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -312,4 +312,4 @@ def parse_args(args: list[str]) -> Cifar10 | LanguageModel:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args(sys.argv[1:]))
+    run_command(main, parse_args)
