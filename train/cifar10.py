@@ -145,6 +145,7 @@ def train_seed(
                 stop.here(line["step"])
 
         started = time.perf_counter()
+        print("Evaluating ...", flush=True)
         probabilities = program.evaluate_last(state, number)
         test_loss, accuracy = evaluate(probabilities, test_labels)
         checkpoints.wait()

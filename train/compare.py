@@ -138,6 +138,7 @@ def time_torch(config: Config, tuning, tested, tables, splits) -> dict[str, Any]
     """Trains the first test run of each optimizer in PyTorch, if it is installed."""
     if not (config.torch and torch_loop.is_available()):
         return {}
+    print("One run of each in PyTorch ...", flush=True)
     cycle, samples = recipe.make_schedule(config), {}
     train_x, test_x = map(normalise, (padded(splits.train.x), splits.test.x))
     for name, tuned in tuning.items():

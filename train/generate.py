@@ -131,6 +131,7 @@ def main(config: Config) -> list[str]:
     if unknown := text.unknown_words(prompt, vocabulary):
         print(f"Not in the vocabulary, read as {text.UNKNOWN}: {', '.join(unknown)}")
     banned = {text.PAD} if config.allow_unknown else {text.PAD, text.UNKNOWN}
+    devices.print_compiling("sampling")
     drawn = sample(
         trained.graphdef,
         trained.params,

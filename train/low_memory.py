@@ -72,7 +72,6 @@ class Config(Output):
     b1: float = 0.9
     b2: float = 0.999  # nu changes by .1 % a step, hard to store; the article's is .99
     eps: float = 1e-8
-
     block_size: int = 256  # values that share a scale
     min_size: int = 4096  # smaller parameters keep moments in float32
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # and of the gradients
@@ -320,6 +319,7 @@ def main(config: Config) -> Path:
     missing: dict[str, str] = {}
     images_on_device = jax.device_put(images)
     for name in optimizers(config):
+        devices.print_compiling(f"  {name}")
         program = jax.jit(functools.partial(train, name, config))
         outcomes: list[Any] = [program(run, *images_on_device) for run in runs]
         rows[name] = summarize(outcomes, state_bytes(outcomes[0][-1]) / parameters)

@@ -58,7 +58,8 @@ class Cifar10(Output):
     first: float = 1e-5  # learning rate of the first step
     last: float = 10.0  # learning rate that would follow the last step
     steps: int | None = None  # None: one epoch
-    smoothing: float = 0.98  # weight of the past in the moving average of the loss
+    # weight of the past in the moving average of the loss; None: no lag
+    smoothing: float | None = None
     seed: int = 0  # of the initial weights, the order of the images and the crops
 
 
@@ -82,7 +83,8 @@ class LanguageModel(Output):
     first: float = 1e-4  # learning rate of the first step
     last: float = 10.0  # rate that would follow the last step; for sgd try 1000
     steps: int = 300  # one epoch of WikiText-2 has 297
-    smoothing: float = 0.95  # weight of the past in the moving average of the loss
+    # weight of the past in the moving average of the loss; None: no lag
+    smoothing: float | None = None
     seed: int = 0  # of the initial weights and of dropout
 
 
@@ -264,6 +266,7 @@ def main(config: Cifar10 | LanguageModel) -> Path:
     settings = dataclasses.asdict(config) | task.settings
     write_json(folder / "config.json", settings | env)
     print(f"{config.dataset}, {task.title}, on {env['devices']}.", flush=True)
+    devices.print_compiling(str(folder))
     curve = lr_finder.find(
         task.loss_fn,
         task.params,

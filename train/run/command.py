@@ -60,7 +60,9 @@ def run_command(
             raise
         except KeyboardInterrupt as interrupt:
             _print_last(str(interrupt) or "Stopped.")
-            sys.exit(128 + (_asked.signal or signal.SIGINT))
+            status = 128 + (_asked.signal or signal.SIGINT)
+            _exit_soon(status)
+            sys.exit(status)
         except Exception as error:
             if len(rest) < len(args) or not is_ours(error):
                 raise
@@ -114,6 +116,7 @@ class _Asked:
     in_steps = False  # the next step ends the command, not the signal itself
     resumable = False  # the same command goes on
     ending = False
+    wakeup: Any = None  # the sockets that wake the thread, kept open until the end
 
 
 _asked = _Asked()
@@ -135,6 +138,7 @@ class Stop:
         Not if a signal has come since, because then this step may not be saved.
         """
         if self._now:
+            _asked.ending = True
             raise Interrupted(f"Stopped at step {step}; the same command goes on.")
 
 
@@ -191,12 +195,13 @@ def _handle(number: int, frame: Any) -> None:
 @contextlib.contextmanager
 def _answered_signals() -> Iterator[None]:
     """Handles SIGINT and SIGTERM, unless they are ignored, as by nohup."""
-    _asked.signal, _asked.ending = None, False
+    global _asked
+    _asked = _Asked()
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    reader, writer = socket.socketpair()
+    _asked.wakeup = reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, _asked), daemon=True).start()
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -210,28 +215,40 @@ def _answered_signals() -> Iterator[None]:
             writer.close()  # ends the thread
 
 
-def _watch(reader: socket.socket) -> None:
+def _watch(reader: socket.socket, asked: _Asked) -> None:
     """In a thread of its own, at once: answers a signal, and obeys a second one."""
     first = None
-    while received := reader.recv(1):
-        number = received[0]
-        if number not in SIGNALS:
-            continue
-        if first is not None:
-            _exit(number)
-        first = number
-        if _asked.in_steps:
-            text = "Stopping when this step is saved. A second signal stops at once."
-            os.write(2, f"{text}\n".encode())
-        else:
-            timer = threading.Timer(GRACE, _exit_if_busy, (number,))
-            timer.daemon = True
-            timer.start()
+    with reader:
+        while received := reader.recv(1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            if first is not None:
+                _exit(number)
+            first = number
+            if asked.in_steps:
+                text = (
+                    "Stopping when this step is saved. A second signal stops at once."
+                )
+                os.write(2, f"{text}\n".encode())
+            else:
+                _later(_exit_if_busy, number, asked)
 
 
-def _exit_if_busy(number: int) -> None:
-    if not (_asked.ending or _asked.in_steps):
+def _later(function: Callable[..., Any], *args: Any) -> None:
+    timer = threading.Timer(GRACE, function, args)
+    timer.daemon = True
+    timer.start()
+
+
+def _exit_if_busy(number: int, asked: _Asked) -> None:
+    if not (asked.ending or asked.in_steps):
         _exit(number)
+
+
+def _exit_soon(status: int) -> None:
+    """Ends a process that waits for a program which nobody needs any more."""
+    _later(os._exit, status)
 
 
 def _exit(number: int) -> None:
