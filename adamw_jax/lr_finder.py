@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SKIP = 10  # first steps: their average is too noisy for a minimum or a suggestion
+SPAN = 20  # times the average's length is the test's, unless `smoothing` is given
 MIN_STEPS = 20
 DIVERGED = 4.0  # times the lowest smoothed loss
 PROGRESS_SECONDS = 5.0
@@ -32,15 +33,17 @@ class Curve(NamedTuple):
     Attributes:
         learning_rates: of each step.
         losses: of each batch, before the step is taken.
-        smoothed: exponential moving average of the losses, bias-corrected.
+        smoothed: exponential average of the losses, of both directions or of the past.
         diverged_at: learning rate of the step whose smoothed loss diverged; None if the
             loss did not diverge.
+        skip: first steps that count for no minimum and no suggestion.
     """
 
     learning_rates: np.ndarray
     losses: np.ndarray
     smoothed: np.ndarray
     diverged_at: float | None
+    skip: int = SKIP
 
     @property
     def suggestion(self) -> float:
@@ -66,19 +69,20 @@ class Curve(NamedTuple):
         Raises:
             ValueError: as `suggestion` does.
         """
-        curve = self.smoothed[SKIP : self._minimum() + 1]
-        per_decade = 1 / np.log10(self.learning_rates[1] / self.learning_rates[0])
+        curve = self.smoothed[self.skip : self._minimum() + 1]
+        rates = self.learning_rates[self.skip :]
+        per_decade = 1 / np.log10(rates[1] / rates[0])
         decade = max(1, min(round(per_decade), len(curve) - 1))
-        fall = curve[:-decade] - curve[decade:]
-        return float(self.learning_rates[SKIP + fall.argmax() + decade // 2])
+        first = (curve[:-decade] - curve[decade:]).argmax()
+        return float(np.sqrt(rates[first] * rates[first + decade]))
 
     def why_not(self) -> str | None:
         """Returns why the curve suggests no learning rate, or None if it does."""
         points = len(self.smoothed)
-        if points <= SKIP + 1:
+        if points <= self.skip + 1:
             return f"the loss diverged after {points} steps: choose a lower first rate"
-        lowest = SKIP + self.smoothed[SKIP:].argmin()
-        if lowest == SKIP:
+        lowest = self.skip + self.smoothed[self.skip :].argmin()
+        if lowest == self.skip:
             return "the loss never fell: choose a lower first rate or more steps"
         if lowest == points - 1 and self.diverged_at is None:
             return "the loss fell to the end: choose a higher last rate"
@@ -87,47 +91,62 @@ class Curve(NamedTuple):
     def plot(self) -> "Figure":
         """Draws the curve and its suggestion; needs matplotlib.
 
-        The first ten and the last five points are left out, as in fastai. A notebook
-        shows the returned figure after %matplotlib inline.
+        The first steps, which count for nothing, are left out, as in fastai; losses far
+        above the first are cut off. A notebook shows the returned figure after
+        %matplotlib inline.
         """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
         ax = figure.subplots()
-        points = np.stack(self[:3])
-        rates, losses, smoothed = points[:, 10:-5] if points.shape[1] > 16 else points
+        skip = self.skip if len(self.losses) > self.skip + 1 else 0
+        rates, losses, smoothed = np.stack(self[:3])[:, skip:]
         ax.plot(rates, losses, ".", color="#7f7f7f", alpha=0.5, ms=4, label="batch")
         ax.plot(rates, smoothed, color="#00798c", lw=2, label="smoothed")
         ax.set_xscale("log")
-        low, high = min(losses, default=0), max(smoothed, default=0)
-        if high > low:  # single batches may lie far above the average
+        reason = self.why_not()
+        if reason is None:
+            low, high = losses.min(), losses[: max(1, len(losses) // 4)].max()
             ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-        if self.why_not() is None:
+            minimum = self._minimum()
+            marks = {"markersize": 8, "color": "#d1495b", "ls": ""}
+            label = f"minimum, {self.learning_rates[minimum]:.2g}"
+            at = self.learning_rates[minimum], self.smoothed[minimum]
+            ax.plot(*at, "v", label=label, **marks)
             for name, style in (("suggestion", "-"), ("steepest", ":")):
                 rate = getattr(self, name)
                 label = f"{name}, {rate:.2g}"
                 ax.axvline(rate, color="#d1495b", ls=style, label=label)
+        else:
+            ax.set_title(f"No learning rate to suggest: {reason}.", fontsize=10)
         ax.set_xlabel("learning rate")
         ax.set_ylabel("training loss")
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         return figure
 
     def _minimum(self) -> int:
         if reason := self.why_not():
             raise ValueError(f"no learning rate to suggest: {reason}")
-        curve = self.smoothed[SKIP:]
+        curve = self.smoothed[self.skip :]
         fall = curve[0] - curve.min()
-        return SKIP + int((curve <= curve.min() + fall / 20).argmax())
+        return self.skip + int((curve <= curve.min() + fall / 20).argmax())
 
 
-def check_range(first: float, last: float, steps: int, smoothing: float) -> None:
+def check_range(
+    first: float, last: float, steps: int, smoothing: float | None = None
+) -> None:
     """Raises a ValueError that names the argument of `find` that is out of range."""
     rules = {
         "first": (first, 0 < first < math.inf, "above 0"),
         "last": (last, first < last < math.inf, f"above first={first!r}"),
         "steps": (steps, steps >= MIN_STEPS, f"at least {MIN_STEPS}"),
-        "smoothing": (smoothing, 0 <= smoothing < 1, "in [0, 1)"),
+        "smoothing": (
+            smoothing,
+            smoothing is None or 0 <= smoothing < 1,
+            "None or in [0, 1)",
+        ),
     }
     for name, (value, valid, allowed) in rules.items():
         if not valid:
@@ -149,20 +168,31 @@ def find(
     first: float = 1e-5,
     last: float = 10.0,
     steps: int | None = None,
-    smoothing: float = 0.98,
+    smoothing: float | None = None,
 ) -> Curve:
     """Trains with a growing learning rate until the loss diverges.
 
-    Step k = 0, 1, ... of n has the learning rate and the smoothed loss
+    Step k = 0, 1, ... of n has the learning rate and the average of past losses
 
         rate_k = first (last / first)^(k / n)
-        smoothed_k = average_k / (1 - smoothing^(k + 1)),
+        past_k = average_k / (1 - smoothing^(k + 1)),
         average_k = smoothing average_(k-1) + (1 - smoothing) loss_k
 
-    The loss has diverged when the smoothed loss is not finite or exceeds four times its
-    lowest value after the first eleven steps. (If that is negative: when it exceeds it
-    by three times its magnitude.) The test then ends early. Prints a line of progress
-    every five seconds.
+    The loss has diverged when this average is not finite or exceeds four times its
+    lowest value after the first eleven steps (the first tenth of a test of less than
+    100). (If that is negative: when it exceeds it by three times its magnitude.) The
+    test then ends early. Prints a line of progress every five seconds.
+
+    An average of the past lags behind: a minimum seems to be at a higher learning rate
+    than it is, and in a short test at a far higher one. By default the curve is
+    therefore averaged again in both directions when the test has ended, which has no
+    lag:
+
+        smoothed_k = sum_j smoothing^|k - j| loss_j / sum_j smoothing^|k - j|
+
+    with 1 / (1 - smoothing) = n / 20 steps, at least 2. There a loss counts no more
+    than the highest of the first steps, so that the rise at the end does not reach
+    back. With a number for `smoothing` the curve is that of the past, as in fastai.
 
     Convention: as in fastai 0.7, the suggestion is a tenth of the learning rate at the
     minimum of the smoothed loss. fastai 1.0 and PyTorch Lightning suggest the point of
@@ -178,7 +208,7 @@ def find(
         ...     x, y = batch
         ...     return jnp.mean((x @ params["w"] - y) ** 2)
         >>> curve = aj.lr_finder.find(
-        ...     loss_fn, {"w": jnp.zeros(4)}, list(zip(x, y)), first=1e-4, smoothing=0.8
+        ...     loss_fn, {"w": jnp.zeros(4)}, list(zip(x, y)), first=1e-4
         ... )
         >>> print(f"{curve.suggestion:.0e}")
         8e-03
@@ -207,8 +237,9 @@ def find(
         first: learning rate of the first step.
         last: learning rate that would follow the last step.
         steps: length of the test; None: one pass over `batches`, as in fastai.
-        smoothing: weight of the past in the moving average. The average lags behind by
-            up to 1 / (1 - smoothing) steps, so a short test needs less smoothing.
+        smoothing: None: no lag, and a length that suits the number of steps. Or the
+            weight of the past in fastai's moving average (there 0.98), which lags
+            behind by up to 1 / (1 - smoothing) steps.
 
     Returns:
         The curve, with `suggestion`, `steepest` and `plot()`.
@@ -233,7 +264,11 @@ def find(
             "optimizer must be a function that makes a gradient transformation from a "
             f"schedule, such as adamw, got {optimizer!r}"
         )
-    _warn_of_lag(first, last, steps, smoothing)
+    past, skip = smoothing, SKIP
+    if past is None:
+        past, skip = 1 - 1 / max(2, steps / SPAN), min(SKIP, steps // 10)
+    else:
+        _warn_of_lag(first, last, steps, past)
     schedule = range_test(first, last, steps=steps).schedule("learning_rate")
     tx = optimizer(schedule)
     step = _make_step(loss_fn, tx, stateful=state is not None)
@@ -244,13 +279,13 @@ def find(
     for k, batch in enumerate(itertools.islice(batches, steps)):
         carry, loss = step(carry, batch)
         loss = float(loss)
-        average = smoothing * average + (1 - smoothing) * loss
-        corrected = average / (1 - smoothing ** (k + 1))
+        average = past * average + (1 - past) * loss
+        corrected = average / (1 - past ** (k + 1))
         limit = lowest + (DIVERGED - 1) * abs(lowest)
         if not math.isfinite(corrected) or corrected > limit:
             diverged_at = float(rates[k])
             break
-        if k > SKIP:
+        if k > skip:
             lowest = min(lowest, corrected)
         losses.append(loss)
         smoothed.append(corrected)
@@ -264,7 +299,24 @@ def find(
             f"steps must be at most the number of batches, {points}, got {steps}; "
             "itertools.cycle(batches) repeats them"
         )
-    return Curve(rates[:points], np.array(losses), np.array(smoothed), diverged_at)
+    losses, smoothed = np.array(losses), np.array(smoothed)
+    if smoothing is None:
+        limit = losses[: skip + 1].max(initial=-np.inf)
+        smoothed = _smooth(np.minimum(losses, limit), past)
+    return Curve(rates[:points], losses, smoothed, diverged_at, skip)
+
+
+def _smooth(values: np.ndarray, weight: float) -> np.ndarray:
+    """Exponential average in both directions, so without lag."""
+
+    def past(values):
+        sums = itertools.accumulate(values, lambda total, x: weight * total + x)
+        return np.array(list(sums))
+
+    def both(values):
+        return past(values) + past(values[::-1])[::-1] - values
+
+    return both(values) / both(np.ones(len(values)))
 
 
 def _make_step(loss_fn, tx, stateful: bool):

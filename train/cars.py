@@ -15,13 +15,11 @@ network is trained from the start, at one learning rate.
 
 Results go to runs/NAME: config.json, metrics.jsonl, curves.png, checkpoints/,
 results.json, and for each seed its predictions, a confusion matrix, the worst mistakes
-and the model, which torchvision can load. A killed run resumes from its last checkpoint
-when the same command is repeated without --overwrite.
-The recipe, and its differences from the article's code: train/recipes/cars.py.
+and the model, which torchvision can load. The same command resumes a run that was
+stopped. The recipe, and how the article's differs: train/recipes/cars.py.
 """
 
 import itertools
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -29,7 +27,6 @@ import jax
 import numpy as np
 
 from train.data import augment, loader, pictures
-from train.data.pictures import Pictures
 from train.evals.classify import cross_entropy_and_accuracy, mean_of_views
 from train.evals.pictures import Predict, log_probabilities, predict, write_predictions
 from train.models import classifier, pretrained
@@ -37,6 +34,7 @@ from train.plots import confusion, curves
 from train.recipes import cars as recipe
 from train.recipes.cars import TTA_PASSES, Compiled, Config, Programs, State
 from train.run import checkpoint, devices
+from train.run.command import finish_steps, run_command
 from train.run.folder import Run
 from train.run.log import write_json
 from train.run.progress import Pace
@@ -53,7 +51,7 @@ PROGRESS_SECONDS = 10.0  # between lines of progress within an epoch
 class Task(NamedTuple):
     """What all seeds of a run share."""
 
-    data: Pictures
+    data: pictures.Pictures
     tensors: dict[str, np.ndarray]  # pretrained weights, if any
     programs: Programs
     steps: int  # per epoch
@@ -104,9 +102,8 @@ def train_seeds(run: Run, task: Task) -> None:
         f"compiled in {event['compile_seconds']:.1f} s\n{schedule}",
         flush=True,
     )
-    seeds = run.seeds_left
-    pace = Pace(len(seeds) * schedule.total_steps)
-    for seed in seeds:
+    pace = Pace(len(run.seeds_left) * schedule.total_steps)
+    for seed in run.seeds_left:
         try:
             state = train_seed(run, task, compiled, seed, pace)
         except FloatingPointError:
@@ -134,7 +131,7 @@ def train_seed(
         first_step=step,
         workers=config.workers,
     )
-    with run.events(seed, step) as write_events:
+    with run.events(seed, step) as write_events, finish_steps() as stop:
         for stage in compiled.stages:
             if step >= stage.last:
                 continue
@@ -143,7 +140,7 @@ def train_seed(
             with run.checkpoints(seed, stage.name) as checkpoints:
                 while step < stage.last:
                     state, line = train_epoch(
-                        run, task, stage, seed, state, batches, checkpoints, pace
+                        run, task, stage, seed, state, batches, checkpoints, pace, stop
                     )
                     step = line["step"]
                     log_probs = evaluate(run, task, compiled, state)
@@ -154,10 +151,12 @@ def train_seed(
                     if not np.isfinite(list(losses.values())).all():
                         run.diverged(seed, step, **losses)
                     run.log("epoch", **line)
+                    stop.asked()
                     checkpoint.save(checkpoints, step, state)
                     shown = ("loss", "valid_loss", "accuracy", *schedule.at(0))
                     write_events(step, {key: line[key] for key in shown})
                     print_progress(task, line, pace.advance(0))
+                    stop.here(step)
                 checkpoints.wait()
     return state
 
@@ -179,7 +178,7 @@ def restore(run: Run, task: Task, compiled: Compiled, seed: int) -> State:
 
 
 def train_epoch(
-    run: Run, task: Task, stage, seed: int, state: State, batches, checkpoints, pace
+    run: Run, task: Task, stage, seed, state: State, batches, checkpoints, pace, stop
 ) -> tuple[State, dict[str, Any]]:
     """Trains to the end of an epoch; returns the state and the epoch's log line."""
     config, steps, train_size = run.config, task.steps, len(task.data.train.labels)
@@ -209,9 +208,10 @@ def train_epoch(
             line |= {"loss": float(state.loss) / so_far}
             line |= stage.hyperparameters(step - 1)
             print_progress(task, line, seconds_left)
-        if now - saved > config.save_every:
+        if stop.asked() or now - saved > config.save_every:
             saved = now
             checkpoint.save(checkpoints, step, state)
+        stop.here(step)
     line = {"seed": seed, "stage": stage.name, "epoch": step // steps, "step": step}
     line |= {"loss": float(state.loss) / train_size}  # waits for the device
     line |= stage.hyperparameters(step - 1)
@@ -260,8 +260,7 @@ def finish_seed(
     averaged = mean_of_views(views)
     loss, accuracy = cross_entropy_and_accuracy(averaged, labels)
     plain_loss, plain_accuracy = cross_entropy_and_accuracy(views[0], labels)
-    p = np.exp(averaged)
-    predictions = p.argmax(-1)
+    p, predictions = np.exp(averaged), averaged.argmax(-1)
     path = folder / f"predictions-{seed}.csv"
     write_predictions(path, p, valid, classes, config.data_dir)
     path = folder / f"confusion-{seed}.png"
@@ -332,12 +331,11 @@ def report(run: Run, task: Task) -> dict[str, Any]:
     defaults = Config(config.data_dir, recipe=config.recipe, weights=config.weights)
     ignore = (*recipe.MAY_CHANGE_ON_RESUME, "seed", "dtype")
     changed = changed_settings(config, recipe.resolve(defaults), ignore)
-    sizes = (len(data.train.labels), len(data.valid.labels))
     results: dict[str, Any] = {
         "recipe": config.recipe,
         "weights": config.weights and "/".join(config.weights.parts[-2:]),
         "changed": changed,  # settings that differ from the recipe
-        "images": sizes,
+        "images": (len(data.train.labels), len(data.valid.labels)),
         "classes": len(data.classes),
         "split": data.split,
         "n": len(ends),
@@ -390,11 +388,13 @@ def parse_args(args: list[str]) -> Config | Predict:
     return tyro.cli(Config, args=args)
 
 
+def start(config: Config | Predict) -> Any:
+    if isinstance(config, Predict):
+        return predict(config)
+    devices.use_all_cores(config.batch_size)
+    return main(config)
+
+
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    config = parse_args(sys.argv[1:])
-    if isinstance(config, Predict):
-        predict(config)
-    else:
-        devices.use_all_cores(config.batch_size)
-        main(config)
+    run_command(start, parse_args)

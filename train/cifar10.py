@@ -6,9 +6,9 @@
     python -m train.cifar10 --data-dir DIR --optimizer optax.lion --learning-rate 3e-4
 
 Everything is in runs/NAME: config.json, metrics.jsonl, curves.png, checkpoints/,
-results.json. If it is killed, the same command, without --overwrite, resumes from the
-last epoch that was saved and ends with the same bits. (On a GPU that requires
-XLA_FLAGS=--xla_gpu_deterministic_ops=true, which is slower.)
+results.json. Ctrl-C saves the step that it has reached. If it is killed, the last epoch
+was saved. The same command, without --overwrite, resumes and ends with the same bits.
+(On a GPU that requires XLA_FLAGS=--xla_gpu_deterministic_ops=true, which is slower.)
 
 Seconds of training are those of the epochs, without evaluation and checkpoints. The
 recipe, and where it differs from the article's code: train/recipes/cifar10.py.
@@ -16,7 +16,6 @@ recipe, and where it differs from the article's code: train/recipes/cifar10.py.
 
 import argparse
 import hashlib
-import sys
 import time
 from typing import Any
 
@@ -44,6 +43,7 @@ from train.recipes.cifar10 import (
     resolve,
 )
 from train.run import checkpoint, devices
+from train.run.command import Stop, finish_steps, run_command
 from train.run.folder import Run
 from train.run.log import write_json
 from train.run.progress import Pace
@@ -55,6 +55,8 @@ from train.run.report import (
     summary,
 )
 
+SEGMENT_SECONDS = 5.0  # of training in one call of the program, about
+PROGRESS_SECONDS = 10.0  # between lines of progress within an epoch
 MAY_CHANGE_ON_RESUME = ("data_dir", "seeds", "tensorboard")
 
 
@@ -107,7 +109,7 @@ def train_seeds(run: Run, programs: Programs, train: Images, test: Images) -> No
         flush=True,
     )
     seeds = run.seeds_left
-    pace = Pace(len(seeds) * config.epochs)
+    pace = Pace(len(seeds) * schedule.total_steps)
     for seed in seeds:
         train_seed(run, program, test.y, seed, pace)
         draw(run, schedule)
@@ -117,28 +119,33 @@ def train_seed(
     run: Run, program: Compiled, test_labels: np.ndarray, seed: int, pace: Pace
 ) -> None:
     """Trains a seed, from its last checkpoint if it has one, and evaluates it."""
-    config, schedule = run.config, program.schedule
-    steps, number = schedule.total_steps // config.epochs, np.int32(seed)
+    config, schedule, number = run.config, program.schedule, np.int32(seed)
+    steps = schedule.total_steps // config.epochs
     with run.checkpoints(seed) as checkpoints:
         state = checkpoint.restore(checkpoints, program.state)
         if state is None:
             state = program.initial_state(number)
-        first = int(state.step) // steps
-        run.rewind(seed, first * steps, first)
-        pace.skip(first)
-        with run.events(seed, first * steps) as write_events:
-            for epoch in range(first, config.epochs):
-                state, results = train_epoch(
-                    run, program, test_labels, seed, epoch, state
+        step = int(state.step)
+        run.rewind(seed, step, step // steps)
+        pace.skip(step)
+        with run.events(seed, step) as write_events, finish_steps() as stop:
+            for epoch in range(step // steps, config.epochs):
+                state, losses, seconds = train_epoch(
+                    run, program, checkpoints, stop, seed, epoch, state, pace
                 )
-                step = results["step"]
+                results = end_epoch(run, program, test_labels, seed, state, losses)
+                results |= {"seconds": seconds}
+                results |= {"images_per_second": config.train_size / seconds}
                 line = run.log("epoch", seed=seed, epoch=epoch + 1, **results)
-                checkpoint.save(checkpoints, step, state)
+                stop.asked()
+                checkpoint.save(checkpoints, line["step"], state)
                 shown = ("loss", "test_loss", "accuracy", *schedule.at(0))
-                write_events(step, {key: line[key] for key in shown})
-                print_progress(config, schedule, line, pace.advance())
+                write_events(line["step"], {key: line[key] for key in shown})
+                print_progress(config, schedule, line, pace.advance(0))
+                stop.here(line["step"])
 
         started = time.perf_counter()
+        print("Evaluating ...", flush=True)
         probabilities = program.evaluate_last(state, number)
         test_loss, accuracy = evaluate(probabilities, test_labels)
         checkpoints.wait()
@@ -153,23 +160,61 @@ def train_seed(
 
 
 def train_epoch(
-    run: Run, program: Compiled, test_labels: np.ndarray, seed: int, epoch: int, state
-) -> tuple[Any, dict[str, Any]]:
-    """Returns the new state, and what is logged of the epoch.
+    run: Run,
+    program: Compiled,
+    checkpoints,
+    stop: Stop,
+    seed: int,
+    epoch: int,
+    state,
+    pace: Pace,
+) -> tuple[Any, np.ndarray, float]:
+    """Trains to the end of an epoch; returns state, losses of the steps and seconds."""
+    steps = program.schedule.total_steps // run.config.epochs
+    losses, seconds = np.zeros(steps, np.float32), 0.0
+    step = int(state.step) % steps
+    if step:  # an interruption has saved in the middle of the epoch
+        earlier = run.lines("stopped", seed)[-1]
+        losses[:step], seconds = earlier["losses"], earlier["seconds"]
+    size, shown = 1, time.perf_counter()
+    while step < steps:
+        called, last = time.perf_counter(), min(step + size, steps)
+        state, new = program.train_epoch(
+            state, np.int32(seed), np.int32(epoch), step, last
+        )
+        losses[step:last] = np.asarray(new)[step:last]  # waits for the device
+        now = time.perf_counter()
+        seconds += now - called
+        size = max(1, round((last - step) * SEGMENT_SECONDS / (now - called)))
+        left, step = pace.advance(last - step), last
+        if step == steps:
+            break
+        line = {"seed": seed, "epoch": epoch + 1, "step": epoch * steps + step}
+        if stop.asked():
+            # logged first: a checkpoint within an epoch needs these losses
+            run.log("stopped", **line, losses=losses[:step].tolist(), seconds=seconds)
+            checkpoint.save(checkpoints, line["step"], state)
+        if now - shown > PROGRESS_SECONDS:
+            shown, line["loss"] = now, float(losses[:step].mean())
+            line |= program.schedule.at(line["step"] - 1)
+            print_progress(run.config, program.schedule, line, left)
+        stop.here(line["step"])
+    return state, losses, seconds
+
+
+def end_epoch(
+    run: Run, program: Compiled, test_labels: np.ndarray, seed: int, state, losses
+) -> dict[str, Any]:
+    """Evaluates after an epoch; returns what is logged of it.
 
     Raises:
         FloatingPointError: the seed diverges.
     """
-    schedule, number = program.schedule, np.int32(seed)
-    started = time.perf_counter()
-    state, losses = program.train_epoch(state, number, np.int32(epoch))
-    losses = np.asarray(losses)  # waits for the device
-    seconds = time.perf_counter() - started
-    test_loss, accuracy = evaluate(program.evaluate(state, number), test_labels)
-    step = (epoch + 1) * len(losses)
+    schedule, step = program.schedule, int(state.step)
+    test_loss, accuracy = evaluate(program.evaluate(state, np.int32(seed)), test_labels)
     divergent = classify.divergent_step(losses, test_loss)
     if divergent is not None:
-        at = epoch * len(losses) + divergent
+        at = step - len(losses) + divergent
         run.diverged(
             seed,
             at,
@@ -177,14 +222,12 @@ def train_epoch(
             learning_rate=float(schedule.at(at)["learning_rate"]),
             test_loss=test_loss,
         )
-    return state, {
+    return {
         "step": step,
         "loss": float(losses.mean()),
         "test_loss": test_loss,
         "accuracy": accuracy,
         **{key: float(value) for key, value in schedule.at(step - 1).items()},
-        "seconds": seconds,
-        "images_per_second": run.config.train_size / seconds,
     }
 
 
@@ -200,17 +243,13 @@ def evaluate(probabilities, labels: np.ndarray) -> tuple[float, float]:
 
 
 def print_progress(config: Config, schedule: Phases, line: dict, left: float) -> None:
-    print(
-        progress_line(
-            line,
-            epochs=config.epochs,
-            steps=schedule.total_steps,
-            results=f"test {line['test_loss']:.4f} {line['accuracy']:.2f} %",
-            speed=f"{line['images_per_second']:,.0f} images/s",
-            seconds_left=left,
-        ),
-        flush=True,
-    )
+    results = speed = ""
+    if "accuracy" in line:
+        results = f"test {line['test_loss']:.4f} {line['accuracy']:.2f} %"
+        speed = f"{line['images_per_second']:,.0f} images/s"
+    sizes = {"epochs": config.epochs, "steps": schedule.total_steps}
+    text = progress_line(line, **sizes, seconds_left=left, results=results, speed=speed)
+    print(text, flush=True)
 
 
 def draw(run: Run, schedule: Phases) -> None:
@@ -267,8 +306,11 @@ def parse_args(args: list[str]) -> Config:
     return tyro.cli(Config, args=args, default=default)
 
 
-if __name__ == "__main__":
-    devices.use_compilation_cache()
-    config = parse_args(sys.argv[1:])
+def start(config: Config) -> None:
     devices.use_all_cores(config.batch_size)
     main(config)
+
+
+if __name__ == "__main__":
+    devices.use_compilation_cache()
+    run_command(start, parse_args)

@@ -21,7 +21,6 @@ seeds that are not finished.
 import datetime
 import functools
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from train.recipes.cifar10_fast import (
     train,
 )
 from train.run import devices
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.folder import Run
 from train.run.log import write_json
@@ -205,4 +205,4 @@ def parse_args(args: list[str]) -> Config:
 if __name__ == "__main__":
     # With a compilation cache, the time of a cold start would not be one.
     jax.config.update("jax_enable_compilation_cache", False)
-    main(parse_args(sys.argv[1:]))
+    run_command(main, parse_args)

@@ -38,6 +38,7 @@ from train.plots.grids import plot_tuning
 from train.recipes import compare as recipe
 from train.references import loop as torch_loop
 from train.run import devices
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -137,6 +138,7 @@ def time_torch(config: Config, tuning, tested, tables, splits) -> dict[str, Any]
     """Trains the first test run of each optimizer in PyTorch, if it is installed."""
     if not (config.torch and torch_loop.is_available()):
         return {}
+    print("One run of each in PyTorch ...", flush=True)
     cycle, samples = recipe.make_schedule(config), {}
     train_x, test_x = map(normalise, (padded(splits.train.x), splits.test.x))
     for name, tuned in tuning.items():
@@ -190,6 +192,7 @@ def main(config: Config) -> Path:
     # one program for all runs
     folder = new_folder(config, f"compare-{config.dataset}")
     write_json(folder / "config.json", vars(config) | machine)
+    devices.print_compiling(str(folder))
     start = time.perf_counter()
     program, chunk = compile_program(config, mesh, tune_tables, tune_images)
     compiled = time.perf_counter()
@@ -230,4 +233,4 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
 
 if __name__ == "__main__":
     devices.use_all_cores()
-    main(parse_args())
+    run_command(main, parse_args)

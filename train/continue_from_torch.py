@@ -36,6 +36,8 @@ from train.plots.curves import plot_switches
 from train.recipes.check import check_options
 from train.references import resnet as torch_resnet
 from train.run import report
+from train.run.command import run_command
+from train.run.devices import print_compiling
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -342,12 +344,14 @@ def compare(config: Config, folder: Path) -> dict[str, Any]:
     first, last = config.begin, config.begin + config.middle
 
     # begin in PyTorch, and stay there
+    print(f"{folder}: {config.steps} steps in PyTorch ...", flush=True)
     reference = build_torch(config)
     losses = train_torch(*reference, data, range(first))
     save(checkpoints / "begin.pt", *reference)
     stayed = losses + train_torch(*reference, data, range(first, config.steps))
 
     # continue in Flax
+    print_compiling(f"{folder}: Flax")
     checkpoint = aj.load_torch_checkpoint(checkpoints / "begin.pt")
     training = from_torch(config, checkpoint)
     step = build_step(training)
@@ -389,4 +393,4 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_command(main, parse_args)

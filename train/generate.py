@@ -12,7 +12,6 @@ training. Characters are drawn where the network has been trained on characters.
 
 import dataclasses
 import functools
-import sys
 import textwrap
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from jax import lax
 from train.data import own_text, text
 from train.recipes.check import check_options
 from train.run import devices, trained_language_model
+from train.run.command import run_command
 
 # ---------------------------------------------------------------------------
 # config
@@ -135,6 +135,7 @@ def main(config: Config) -> list[str]:
     if unknown := text.unknown_words(prompt, vocabulary):
         print(f"Not in the vocabulary, read as {text.UNKNOWN}: {', '.join(unknown)}")
     banned = {text.PAD} if config.allow_unknown else {text.PAD, text.UNKNOWN}
+    devices.print_compiling("sampling")
     drawn = sample(
         trained.graphdef,
         trained.params,
@@ -173,4 +174,4 @@ def wrap(lines: str) -> str:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args(sys.argv[1:]))
+    run_command(main, parse_args)

@@ -28,7 +28,6 @@ we report the last network, and beside it the best one, which best-SEED.npz keep
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -46,6 +45,7 @@ from train.recipes.check import check_options, run_rules
 from train.recipes.text_size import Size, choose_size
 from train.run import checkpoint, devices, log, report_language_model
 from train.run import trained_language_model as trained
+from train.run.command import finish_steps, run_command
 from train.run.folder import Run
 from train.run.output import Output
 from train.run.report import progress_line
@@ -246,9 +246,9 @@ def train_seed(setup: Setup, plan: chunks.Plan, seed, checkpoints, meter: Meter)
         state = compiled.init(np.int32(seed))
     step = int(state.step)
     run.rewind(seed, step, epochs=plan.epoch(step))
-    saved, size = time.perf_counter(), 1
+    due, size = time.perf_counter() + config.save_every, 1
     meter.tokens, meter.seconds = 0, 0.0
-    with run.events(seed, step) as write_events:
+    with run.events(seed, step) as write_events, finish_steps() as interrupt:
         while step < last:
             # a segment of an epoch: one call
             epoch, (first, steps) = plan.epoch(step), plan.position(step)
@@ -273,11 +273,12 @@ def train_seed(setup: Setup, plan: chunks.Plan, seed, checkpoints, meter: Meter)
                 line, state = end_epoch(setup, state, line, tokens, meter)
                 scalars = ("loss", "total", "valid_loss", *schedule.at(0))
                 write_events(step, {key: line[key] for key in scalars})
-            if step == last or time.perf_counter() - saved > config.save_every:
+            if interrupt.asked() or step == last or time.perf_counter() > due:
                 check_parameters(setup, state, seed, step - 1)
                 checkpoint.save(checkpoints, step, state)
-                saved = time.perf_counter()
+                due = time.perf_counter() + config.save_every
             print_progress(config, line, last, meter)
+            interrupt.here(step)
             if stop == steps:
                 meter.tokens, meter.seconds = 0, 0.0
     return state
@@ -394,4 +395,4 @@ def draw(config: Config, schedule: Phases, run: Run) -> None:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args(sys.argv[1:]))
+    run_command(main, parse_args)

@@ -46,6 +46,7 @@ from train.models.small import CNN
 from train.recipes.check import check_options
 from train.references import loop as torch_loop
 from train.run import devices, report
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -63,7 +64,6 @@ class Config(Output):
     data_dir: Path | None = None  # CIFAR-10's official files; None: tensorflow-datasets
     train_size: int = 5000  # training images
     eval_size: int = 5000  # test images
-
     width: int = 16  # channels of the first convolution
     epochs: int = 8
     batch_size: int = 50
@@ -72,7 +72,6 @@ class Config(Output):
     b1: float = 0.9
     b2: float = 0.999  # nu changes by .1 % a step, hard to store; the article's is .99
     eps: float = 1e-8
-
     block_size: int = 256  # values that share a scale
     min_size: int = 4096  # smaller parameters keep moments in float32
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # and of the gradients
@@ -320,6 +319,7 @@ def main(config: Config) -> Path:
     missing: dict[str, str] = {}
     images_on_device = jax.device_put(images)
     for name in optimizers(config):
+        devices.print_compiling(f"  {name}")
         program = jax.jit(functools.partial(train, name, config))
         outcomes: list[Any] = [program(run, *images_on_device) for run in runs]
         rows[name] = summarize(outcomes, state_bytes(outcomes[0][-1]) / parameters)
@@ -397,4 +397,4 @@ def parse_args(args: Sequence[str] | None = None) -> Config:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args())
+    run_command(main, parse_args)

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +31,7 @@ from train.recipes import language_model as recipe
 from train.recipes.check import check_options
 from train.recipes.optimizer import make_optimizer
 from train.run import devices
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -58,7 +58,8 @@ class Cifar10(Output):
     first: float = 1e-5  # learning rate of the first step
     last: float = 10.0  # learning rate that would follow the last step
     steps: int | None = None  # None: one epoch
-    smoothing: float = 0.98  # weight of the past in the moving average of the loss
+    # weight of the past in the moving average of the loss; None: no lag
+    smoothing: float | None = None
     seed: int = 0  # of the initial weights, the order of the images and the crops
 
 
@@ -82,7 +83,8 @@ class LanguageModel(Output):
     first: float = 1e-4  # learning rate of the first step
     last: float = 10.0  # rate that would follow the last step; for sgd try 1000
     steps: int = 300  # one epoch of WikiText-2 has 297
-    smoothing: float = 0.95  # weight of the past in the moving average of the loss
+    # weight of the past in the moving average of the loss; None: no lag
+    smoothing: float | None = None
     seed: int = 0  # of the initial weights and of dropout
 
 
@@ -264,6 +266,7 @@ def main(config: Cifar10 | LanguageModel) -> Path:
     settings = dataclasses.asdict(config) | task.settings
     write_json(folder / "config.json", settings | env)
     print(f"{config.dataset}, {task.title}, on {env['devices']}.", flush=True)
+    devices.print_compiling(str(folder))
     curve = lr_finder.find(
         task.loss_fn,
         task.params,
@@ -312,4 +315,4 @@ def parse_args(args: list[str]) -> Cifar10 | LanguageModel:
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args(sys.argv[1:]))
+    run_command(main, parse_args)

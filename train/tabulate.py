@@ -13,6 +13,7 @@ from typing import Any
 
 from train.recipes import cars, cifar10, language_model
 from train.run import report
+from train.run.command import run_command
 
 
 def table(folder: Path) -> str:
@@ -192,11 +193,11 @@ def list_changes(changed: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in changed.items()) or "–"
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
+def main(args: list[str]) -> None:
+    if len(args) != 1 or args[0].startswith("-"):
         sys.exit(__doc__)
-    print(table(Path(sys.argv[1])))
+    print(table(Path(args[0])))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, list)

@@ -12,7 +12,6 @@ replaces them; results of another grid or checkpoint are replaced with --overwri
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from train.data import text
 from train.evals import neural_cache, perplexity
 from train.plots import grids
 from train.run import devices, log, trained_language_model
+from train.run.command import run_command
 from train.run.environment import environment
 from train.run.trained_language_model import Trained
 
@@ -242,4 +242,4 @@ def print_table(results: dict[str, dict[str, float]], points: dict[str, tuple]):
 
 if __name__ == "__main__":
     devices.use_compilation_cache()
-    main(parse_args(sys.argv[1:]))
+    run_command(main, parse_args)

@@ -415,27 +415,51 @@ class Phases:
         )
 
     def plot(self, axes: Any = None) -> Any:
-        """Plots each hyperparameter over the steps (needs matplotlib).
+        """Plots each hyperparameter that changes over the steps (needs matplotlib).
+
+        Those that are constant are in the title, except where all are: then each has an
+        axes.
 
         Args:
-            axes: one matplotlib axes per hyperparameter; None: those of a new figure.
+            axes: one matplotlib axes per hyperparameter, or one for each that changes;
+                None: those of a new figure.
 
         Returns:
             The axes.
+
+        Raises:
+            ValueError: the number of axes is neither.
         """
+        steps = np.arange(self.total_steps)
+        values = {name: self._value(name, steps, np) for name in self.names}
+        constants = [name for name in self.names if np.ptp(values[name]) == 0]
+        names = [name for name in self.names if name not in constants] or self.names
         if axes is None:
             import matplotlib.pyplot as plt
 
-            size = (6, 1 + 1.6 * len(self.names))
+            size = (6, 1 + 1.6 * len(names))
             figure, axes = plt.subplots(
-                len(self.names), sharex=True, squeeze=False, figsize=size
+                len(names), sharex=True, squeeze=False, figsize=size
             )
             axes = axes[:, 0]
             figure.set_layout_engine("constrained")
-        steps = np.arange(self.total_steps)
-        for ax, name in zip(axes, self.names, strict=True):
-            ax.plot(steps, self._value(name, steps, np))
+        if len(axes) == len(self.names):
+            names = self.names
+        elif len(axes) != len(names):
+            raise ValueError(
+                f"axes must be {len(names)}, one for each of {', '.join(names)}, got "
+                f"{len(axes)}"
+            )
+        for ax, name in zip(axes, names, strict=True):
+            ax.plot(steps, values[name])
             ax.set_ylabel(name)
+            ax.yaxis.set_major_formatter("{x:g}")
+            # no axis runs past what is possible
+            low, high = ax.get_ylim()
+            one = high if name in ("learning_rate", "weight_decay") else min(high, 1)
+            ax.set_ylim(max(low, 0), one)
+        if held := [f"{n} {values[n][0]:g}" for n in constants if n not in names]:
+            axes[0].set_title(f"constant: {', '.join(held)}", fontsize="medium")
         axes[-1].set_xlabel("step")
         return axes
 

@@ -189,7 +189,7 @@ def test_no_batch_is_taken_in_vain():
         ({"first": 0.0}, "first must be above 0, got 0.0"),
         ({"last": 1e-3}, "last must be above first=0.001, got 0.001"),
         ({"last": math.inf}, "last must be above first=0.001, got inf"),
-        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
+        ({"smoothing": 1.0}, r"smoothing must be None or in \[0, 1\), got 1.0"),
         ({"optimizer": optax.sgd(0.1)}, "optimizer must be a function .* got Gradient"),
     ],
 )
@@ -201,6 +201,73 @@ def test_bad_arguments(changes, message):
 def test_few_steps_with_much_smoothing_warn():
     with pytest.warns(UserWarning, match="steps=80 and smoothing=0.98 .* 1.2 powers"):
         find(smoothing=0.98)  # 50 steps of 40 per power of ten
+
+
+# ---------------------------------------------------------------------------
+# smoothing by the number of steps
+# ---------------------------------------------------------------------------
+
+
+def true_loss(log, steepest):
+    """A fall of 1.5 around `steepest`, and a rise from 1.5 decades above it on."""
+    fall = 1.5 / (1 + 10 ** (-1.5 * (log - steepest)))
+    return 2.3 - fall + 0.5 * 10 ** np.clip(2 * (log - steepest - 1.5), -30, 3)
+
+
+def find_in(losses, **options):
+    """The curve of a test that measures these losses, whatever the rate."""
+    return find(
+        lambda params, loss: loss + 0 * params["w"].sum(),
+        losses.astype(np.float32),
+        **{"first": 1e-5, "last": 10.0, "smoothing": None} | options,
+    )
+
+
+def in_decades(rate):
+    return np.log10(rate)
+
+
+# The largest error in decades, with noise of a twentieth of the fall. 20 steps have 3.3
+# in a decade.
+@pytest.mark.parametrize(
+    ("steps", "tolerance"), [(20, 0.5), (50, 0.3), (100, 0.2), (300, 0.1), (1000, 0.1)]
+)
+@pytest.mark.parametrize("noise", [0.0, 0.08])
+def test_curves_whose_steepest_descent_is_known(steps, tolerance, noise):
+    """A short test finds what a long one finds, and noise moves it little.
+
+    The logistic fall is steepest at its middle, `true`. Its minimum, where
+    95 % of the fall is done, is read from the curve without noise on a fine grid.
+    """
+    logs, true = -5 + 6 * np.arange(steps) / steps, -2.3
+    rng = np.random.default_rng(steps)
+    curve = find_in(true_loss(logs, true) + noise * rng.normal(size=steps))
+    fine = np.linspace(-5, -0.5, 10001)
+    exact = true_loss(fine, true)
+    low = exact.min() + (exact[0] - exact.min()) / 20
+    minimum = fine[(exact <= low).argmax()]
+    assert in_decades(curve.steepest) == pytest.approx(true, abs=tolerance)
+    assert in_decades(10 * curve.suggestion) == pytest.approx(minimum, abs=tolerance)
+
+
+def test_the_average_of_the_past_lags_where_that_of_both_does_not():
+    """The case of 100 batches and fastai's 0.98: a factor of five."""
+    losses = true_loss(-5 + 6 * np.arange(100) / 100, -2.3)
+    both = find_in(losses)
+    with pytest.warns(UserWarning, match="steps=100 and smoothing=0.98"):
+        past = find_in(losses, smoothing=0.98)
+    assert past.suggestion > 3 * both.suggestion
+
+
+def test_the_average_of_both_directions():
+    """Against a loop over the definition, with the rise cut at the first losses."""
+    losses = true_loss(-5 + 6 * np.arange(60) / 60, -2.3)
+    curve, weight = find_in(losses), 1 - 20 / 60
+    cut = np.minimum(curve.losses, curve.losses[:7].max())
+    for k, value in enumerate(curve.smoothed):
+        weights = weight ** np.abs(k - np.arange(len(cut)))
+        assert value == pytest.approx((weights * cut).sum() / weights.sum())
+    assert curve.diverged_at is not None and curve.skip == 6
 
 
 # ---------------------------------------------------------------------------
@@ -232,8 +299,9 @@ def test_the_steepest_point_is_not_that_of_noise():
         lambda log: 1 / (1 + np.exp(4 * (log + 2))) + max(0, log) + next(noise), 601
     )
     assert curve.steepest == pytest.approx(1e-2, rel=0.5)
+    # from -4 to -3.9, the only fall after ten points
     assert make_curve(lambda log: abs(log + 3.9)).steepest == pytest.approx(
-        1e-4, rel=0.1
+        10**-3.95, rel=0.1
     )
 
 
@@ -259,12 +327,20 @@ def lines(figure):
     return {line.get_label(): line.get_data() for line in figure.axes[0].lines}
 
 
-def test_the_picture():
-    curve = find(last=10.0)
-    drawn = lines(curve.plot())
+@pytest.mark.parametrize("smoothing", [0.9, None])
+def test_the_picture(smoothing):
+    """What the suggestion is read from, and all of it inside the axes."""
+    curve = find(last=10.0, smoothing=smoothing)
+    figure = curve.plot()
+    drawn, skip = lines(figure), {0.9: 10, None: 8}[smoothing]
     for label, values in (("batch", curve.losses), ("smoothed", curve.smoothed)):
-        np.testing.assert_array_equal(drawn[label][0], curve.learning_rates[10:-5])
-        np.testing.assert_array_equal(drawn[label][1], values[10:-5])
+        np.testing.assert_array_equal(drawn[label][0], curve.learning_rates[skip:])
+        np.testing.assert_array_equal(drawn[label][1], values[skip:])
+    (lowest,) = drawn[f"minimum, {10 * curve.suggestion:.2g}"][0]
+    assert lowest == pytest.approx(10 * curve.suggestion)
+    (value,) = drawn[f"minimum, {10 * curve.suggestion:.2g}"][1]
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom < curve.losses[skip:].min() and value < top
     marks = {"suggestion": curve.suggestion, "steepest": curve.steepest}
     for name, rate in marks.items():
         assert drawn[f"{name}, {rate:.2g}"][0] == [rate, rate]

@@ -24,7 +24,7 @@ from train import cifar10
 from train.data import cifar10 as data
 from train.evals import classify
 from train.recipes import cifar10 as recipe
-from train.run import checkpoint, devices
+from train.run import checkpoint, command, devices
 from train.run.folder import Run, exclusive
 from train.run.log import read_lines, rewrite_lines
 
@@ -437,6 +437,39 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     run(tmp_path, CONFIG)
     assert "seed 0" not in capsys.readouterr().out  # its last epoch was saved
     check_resumed(tmp_path / "run", finished.folder, len(moments))
+
+
+def test_an_interruption_saves_within_an_epoch(finished, tmp_path, monkeypatch, capsys):
+    """After some steps of an epoch or at its end; also a kill before the next save."""
+    monkeypatch.setattr(cifar10, "SEGMENT_SECONDS", 1e9)  # one step, then the others
+    asked = command.Stop.asked
+
+    def interrupt(patch, at):
+        asks = iter(range(1, 100))
+
+        def ask(self):
+            if next(asks) == at:
+                command._asked.signal = signal.SIGINT
+            return asked(self)
+
+        patch.setattr(command, "_asked", command._Asked())
+        patch.setattr(command.Stop, "asked", ask)
+
+    # the question in each process, and the step that it follows
+    for at, step in ((1, 1), (2, 4), (1, 5), (3, 9)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            message = f"Stopped at step {step}; the same command goes on."
+            with pytest.raises(command.Interrupted, match=message):
+                run(tmp_path, CONFIG)
+    assert "Seed 0: going on from step 5." in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # before anything else is saved
+        patch.setattr(cifar10, "end_epoch", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, CONFIG)
+    run(tmp_path, CONFIG)
+    assert "Seed 0: going on from step 9." in capsys.readouterr().out
+    check_resumed(tmp_path / "run", finished.folder, 5)
 
 
 def child(out, moment):

@@ -6,7 +6,6 @@ python -m train.bench update --help
 
 import functools
 import operator
-import sys
 from typing import Annotated, Any
 
 import tyro
@@ -21,6 +20,7 @@ from train.bench import (
     update,
 )
 from train.run import devices
+from train.run.command import run_command
 
 BENCHES: dict[str, Any] = {
     "cifar10": cifar10,
@@ -48,9 +48,8 @@ def parse_args(args: list[str]) -> Any:
     )
 
 
-def main(args: list[str]) -> None:
+def main(config: Any) -> None:
     """Runs the benchmark that the command line names."""
-    config = parse_args(args)
     if not isinstance(config, update.Config | packing.Config):  # these time compilation
         devices.use_compilation_cache()
     if isinstance(config, cifar10.Config | images.Config):
@@ -62,4 +61,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, parse_args)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.recipes.check import check_options
+from train.run.devices import print_compiling
 from train.run.environment import environment
 from train.run.folder import new_folder
 from train.run.log import write_json
@@ -157,6 +158,7 @@ def time_in_turns(
     """Builds the programs, runs each once, and then times them in turns."""
     timings = Timings({}, {}, {}, {})
     for name, make in makers.items():
+        print_compiling(name)
         start = time.perf_counter()
         try:
             program = make()

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from train.evals.statistics import plural
+
 
 class Name(NamedTuple):
     optimizer: str
@@ -25,7 +27,7 @@ def page(config: dict[str, Any], results: dict[str, Any]) -> str:
     method = (
         f"Learning rate and decay are the best of a {config['grid']} x "
         f"{config['grid']} grid by validation accuracy, averaged over "
-        f"{config['tune_seeds']} run(s). Test accuracy is the mean ± standard "
+        f"{plural(config['tune_seeds'], 'run')}. Test accuracy is the mean ± standard "
         "deviation over fresh seeds."
     )
     points = "\n".join(f"- {note}" for note in [*notes(results), speed(results)])

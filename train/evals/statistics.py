@@ -24,6 +24,17 @@ def paired_difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, f
     return confidence_interval(final[0] - final[1])
 
 
+def plural(n: int, unit: str, units: str | None = None) -> str:
+    """A number with its unit: 1 run, 2 runs.
+
+    Args:
+        n: the number.
+        unit: the singular.
+        units: the plural; None: with an s.
+    """
+    return f"{n:,} {unit if n == 1 else units or unit + 's'}"
+
+
 def summarize_grid(
     lrs: np.ndarray, decays: np.ndarray, accuracy: np.ndarray
 ) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from adamw_jax import Phases
 from train.evals.comparison import NAMES
 from train.evals.statistics import confidence_interval
 from train.plots.curves import draw_schedules
-from train.plots.style import COLOURS, hide_spines, new_figure
+from train.plots.style import (
+    COLOURS,
+    hide_spines,
+    new_figure,
+    place_legend,
+    show_plain_numbers,
+)
 
 
 def plot_test(test: dict[str, Any], phases: Phases, target: float, path: Path) -> None:
@@ -36,17 +42,18 @@ def plot_test(test: dict[str, Any], phases: Phases, target: float, path: Path) -
     curve.axhline(target, color="black", lw=0.8, ls=":", label=f"target, {target:g} %")
     curve.set_ylabel("test accuracy, %")
     curve.set_title("mean over seeds ± one standard deviation")
-    curve.legend(frameon=False, ncols=2)
+    place_legend(curve, columns=3)
     curve.tick_params(labelbottom=False)
     end.set_yticks(range(len(test)), [NAMES[name].short for name in test])
     end.invert_yaxis()
     end.set_xlabel("final test accuracy, %")
     end.set_title("each seed; mean and its 95 % interval")
-    momentum = draw_schedules(schedule, phases, epochs[-1])
+    draw_schedules(schedule, phases, epochs[-1])
     schedule.set_ylabel("learning rate\n/ peak")
     schedule.sharex(curve)
+    show_plain_numbers(curve)
+    end.xaxis.set_major_formatter("{x:g}")
     hide_spines(curve, end)
-    hide_spines(schedule, momentum, right=False)
     figure.savefig(path)
 
 

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from train.evals.statistics import plural
+
 MAX_CLASSES = 20  # in the matrix; of more, those with the most confusions
 LISTED = 10  # confusions, and classes, in the text beside the matrix
 COLUMNS = 5  # images side by side
@@ -256,7 +258,7 @@ def plot_mistakes(
     size = (cell * columns, cell * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained", dpi=120)
     title = (
-        f"{len(worst)} of {len(wrong)} mistake(s) (n = {len(labels)}), "
+        f"{len(worst)} of {plural(len(wrong), 'mistake')} (n = {len(labels)}), "
         "the highest cross-entropy first"
     )
     title = "\n".join(_wrap(title, (size[0] - 0.3) * 7 / 10))

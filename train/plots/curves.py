@@ -9,13 +9,16 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from adamw_jax import Phases
+from train.evals.statistics import plural
 from train.plots.style import (
     COLOURS,
     HELD_OUT,
     TRAINING,
     hide_spines,
     new_figure,
+    place_legend,
     set_log_scale,
+    show_plain_numbers,
 )
 
 Log = list[dict[str, Any]]  # the lines of a run's metrics.jsonl
@@ -33,11 +36,14 @@ def plot_classifier(
         path: where the picture is written.
         held_out: name of the evaluation set; its loss is logged as `{held_out}_loss`.
     """
+    by_seed = _epochs_by_seed(log)
+    if not by_seed:
+        _plot_schedules_only(log, phases, epochs, path)
+        return
     figure = new_figure(9, 9)
     loss, accuracy, schedule = figure.subplots(
         3, 1, sharex=True, height_ratios=(3, 3, 2)
     )
-    by_seed = _epochs_by_seed(log)
     for index, lines in enumerate(by_seed.values()):
         epoch, train_loss, held_out_loss, right = (
             [line[key] for line in lines]
@@ -57,27 +63,30 @@ def plot_classifier(
         accuracy.plot(epoch, right, "o-", color=HELD_OUT, **style)
     _mark_divergence(log, phases, epochs, loss, accuracy)
     if ends := [line for line in log if line["event"] == "end"]:
-        label = f"at the end, mean of {ends[0]['passes']} pass(es)"
-        final = [line["accuracy"] for line in ends]
+        final, passes = [line["accuracy"] for line in ends], ends[0]["passes"]
+        label = f"at the end, mean of {plural(passes, 'pass', 'passes')}"
         accuracy.plot([epochs] * len(final), final, "D", color="black", label=label)
         accuracy.set_title(f"final accuracy {np.mean(final):.2f} % (n = {len(final)})")
-        accuracy.legend(frameon=False, loc="lower right")
+        place_legend(accuracy)
     set_log_scale(loss)
     loss.set_ylabel("loss")
-    loss.legend(frameon=False)
+    place_legend(loss)
     accuracy.set_ylabel(f"{held_out} accuracy, %")
-    momentum = draw_schedules(schedule, phases, epochs)
+    show_plain_numbers(accuracy)
+    draw_schedules(schedule, phases, epochs)
     figure.align_ylabels([loss, accuracy, schedule])
     hide_spines(loss, accuracy)
-    hide_spines(schedule, momentum, right=False)
     figure.savefig(path)
 
 
 def plot_language_model(log: Log, phases: Phases, epochs: int, path: Path) -> None:
     """Perplexity of all seeds, and the schedules."""
+    by_seed = _epochs_by_seed(log)
+    if not by_seed:
+        _plot_schedules_only(log, phases, epochs, path)
+        return
     figure = new_figure(9, 7)
     ax, schedule = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
-    by_seed = _epochs_by_seed(log)
     for index, lines in enumerate(by_seed.values()):
         epoch = [line["epoch"] for line in lines]
         style: dict[str, Any] = {
@@ -104,11 +113,10 @@ def plot_language_model(log: Log, phases: Phases, epochs: int, path: Path) -> No
             ax.plot(at, values, marker, color="black", label=label, ls="")
     set_log_scale(ax)
     ax.set_ylabel("perplexity")
-    ax.legend(frameon=False)
-    momentum = draw_schedules(schedule, phases, epochs)
+    place_legend(ax)
+    draw_schedules(schedule, phases, epochs)
     figure.align_ylabels([ax, schedule])
     hide_spines(ax)
-    hide_spines(schedule, momentum, right=False)
     figure.savefig(path)
 
 
@@ -135,14 +143,17 @@ def plot_seeds(
     rate = loss.twinx()
     rate.plot(steps, phases.schedule("learning_rate")(steps), color="gray", ls="--")
     rate.set_ylabel("learning rate (dashed)", color="gray")
+    rate.set_ylim(bottom=0)
+    show_plain_numbers(loss, rate)
     accuracies = np.array([run["accuracy"] for run in runs])
     end.hist(accuracies, bins=min(20, len(runs)), color=TRAINING)
     end.axvline(accuracies.mean(), color="black", label=f"mean {accuracies.mean():.2f}")
     end.axvline(target, color="black", ls=":", label=f"target {target:g}")
     end.set_xlabel("test accuracy, %")
-    end.set_ylabel("seeds")
+    end.set_ylabel("seeds" if len(runs) > 1 else "seed")
+    show_plain_numbers(end)
     end.yaxis.set_major_locator(MaxNLocator(integer=True))
-    end.legend(frameon=False)
+    place_legend(end, above=True)
     hide_spines(loss, rate, right=False)
     hide_spines(end)
     figure.savefig(path)
@@ -158,9 +169,10 @@ def plot_switches(
         switches: the steps before which the library changes.
         path: where the picture is written.
     """
+    losses, stayed = np.array(results["losses"]), np.array(results["stayed"])
+    difference = np.abs(losses - stayed)
     figure = new_figure(8, 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    losses, stayed = np.array(results["losses"]), np.array(results["stayed"])
     top.plot(stayed, color="black", lw=4, alpha=0.25, label="stayed in PyTorch")
     first, last = switches
     for start, stop, name, label in (
@@ -173,9 +185,13 @@ def plot_switches(
     label = "Flax, without the moments"
     top.plot(range(first, last), results["without_moments"], ":", c="gray", label=label)
     top.set_ylabel("training loss")
-    top.legend(frameon=False)
-    difference = np.abs(losses - stayed)
-    bottom.semilogy(np.where(difference > 0, difference, np.nan), "k.-", lw=1)
+    place_legend(top, columns=3)
+    show_plain_numbers(top)
+    if difference.any():
+        bottom.plot(np.where(difference > 0, difference, np.nan), "k.-", lw=1)
+        set_log_scale(bottom)
+    else:
+        bottom.plot(difference, "k.-", lw=1)
     bottom.set_ylabel("difference to the\nrun in PyTorch alone")
     bottom.set_xlabel("step")
     figure.align_ylabels([top, bottom])
@@ -188,18 +204,40 @@ def plot_switches(
 # ---------------------------------------------------------------------------
 
 
-def draw_schedules(ax: Axes, phases: Phases, epochs: float) -> Axes:
-    """The learning rate on `ax`, and b1 on a second axis, which is returned."""
+def draw_schedules(ax: Axes, phases: Phases, epochs: float) -> Axes | None:
+    """The learning rate on `ax`, and b1 on a second axis, which is returned.
+
+    None where the phases do not change b1: it is then written above, or not set.
+    """
     steps = np.arange(phases.total_steps)
     x = steps * epochs / phases.total_steps
     ax.plot(x, phases.schedule("learning_rate")(steps), color="black")
     ax.set_ylabel("learning rate")
     ax.set_xlabel("epoch")
+    ax.set_ylim(bottom=0)
+    show_plain_numbers(ax)
+    values = phases.schedule("b1")(steps) if "b1" in phases.names else np.zeros(1)
+    if np.ptp(values) == 0:
+        if "b1" in phases.names:
+            ax.set_title(f"b1 {values[0]:g} throughout", fontsize=10)
+        hide_spines(ax)
+        return None
     momentum = ax.twinx()
-    if "b1" in phases.at(0):
-        momentum.plot(x, phases.schedule("b1")(steps), color="gray", ls="--")
-        momentum.set_ylabel("b1 (dashed)", color="gray")
+    momentum.plot(x, values, color="gray", ls="--")
+    momentum.set_ylabel("b1 (dashed)", color="gray")
+    show_plain_numbers(momentum)
+    hide_spines(ax, momentum, right=False)
     return momentum
+
+
+def _plot_schedules_only(log: Log, phases: Phases, epochs: int, path: Path) -> None:
+    """Where no epoch has been finished: no axes without a curve."""
+    figure = new_figure(9, 3)
+    ax = figure.subplots()
+    draw_schedules(ax, phases, epochs)
+    _mark_divergence(log, phases, epochs, ax)
+    figure.suptitle("no epoch is finished")
+    figure.savefig(path)
 
 
 def _epochs_by_seed(log: Log) -> dict[int, Log]:

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from train.evals.comparison import NAMES
-from train.evals.statistics import best_decays
+from train.evals.statistics import best_decays, plural
 from train.plots.style import new_figure
 
 
@@ -60,8 +60,8 @@ def plot_tuning(tuning: dict[str, Any], path: Path) -> None:
     bar = figure.colorbar(scale, ax=figure.axes, extend="min", pad=0.01)
     bar.set_label("validation accuracy, %")
     figure.supxlabel(
-        f"Mean of {runs} run(s) per cell. Red: the best cell. White: the best decay of "
-        "each learning rate that comes within a point of it.",
+        f"Mean of {plural(runs, 'run')} per cell. Red: the best cell. White: the best "
+        "decay of each learning rate that comes within a point of it.",
         fontsize=10,
     )
     figure.savefig(path)
@@ -74,7 +74,10 @@ def plot_cache(tuned: dict[str, Any], path: Path) -> None:
     )
     grid = np.array(tuned["perplexities"])[windows.index(best["window"])]
     without_cache = tuned["valid"]["no cache"]
-    colours = Normalize(grid.min(), max(without_cache, grid.min() + 1e-6))
+    # The colours end at the value without a cache, because a cache makes the cells
+    # beyond it worse. They span at least half of the cells, and no empty range.
+    high = np.clip(without_cache, np.median(grid), grid.max())
+    colours = Normalize(grid.min(), max(high, grid.min() + 1e-6))
     figure = new_figure(10, 6)
     ax = figure.subplots()
     image = ax.imshow(
@@ -91,7 +94,8 @@ def plot_cache(tuned: dict[str, Any], path: Path) -> None:
         f"best of {len(windows)} windows: {best['window']}, perplexity "
         f"{tuned['valid']['tuned']:.2f}; without a cache {without_cache:.2f}"
     )
-    bar = figure.colorbar(image, ax=ax, extend="max", pad=0.01)
+    extend = "max" if grid.max() > colours.vmax else "neither"
+    bar = figure.colorbar(image, ax=ax, extend=extend, pad=0.01, format="{x:g}")
     bar.set_label("validation perplexity")
     figure.savefig(path)
 

@@ -2,7 +2,7 @@
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = {  # of the optimizers in `train.compare`
     "sgd": "#7f7f7f",
@@ -26,8 +26,30 @@ def hide_spines(*axes: Axes, right: bool = True) -> None:
 
 
 def set_log_scale(ax: Axes) -> None:
-    """A logarithmic y axis with plain numbers at more ticks than powers of ten."""
+    """A logarithmic y axis with plain numbers at more ticks than powers of ten.
+
+    Call it when everything is drawn.
+    """
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    low, high = ax.get_ylim()
+    for most, subs in ((10, (1, 1.5, 2, 3, 4, 5, 7)), (50, (1, 2, 5)), (1e3, (1, 3))):
+        if high < most * low:
+            ax.yaxis.set_major_locator(LogLocator(subs=subs))
+            break
+    if sum(low <= tick <= high for tick in ax.get_yticks()) < 3:
+        ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def show_plain_numbers(*axes: Axes) -> None:
+    """Tick labels of linear axes without a factor or an offset beside the axis."""
+    for ax in axes:
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+
+
+def place_legend(ax: Axes, columns: int = 4, above: bool = False) -> None:
+    """A legend outside of the axes, where it hides nothing: below, or above."""
+    anchor, loc = ((0.5, 1), "lower center") if above else ((0.5, 0), "upper center")
+    ax.legend(frameon=False, loc=loc, bbox_to_anchor=anchor, ncols=columns)

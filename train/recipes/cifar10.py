@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -213,7 +214,8 @@ class Programs(NamedTuple):
 
     schedule: Phases
     initial_state: Any  # seed -> state
-    train_epoch: Any  # state, padded images, labels, seed, epoch -> state, step losses
+    train_epoch: Any  # state, padded images, labels, seed, epoch[, first, stop]
+    # -> state, step losses
     evaluate: Any  # state, images, seed, augmented passes -> class probabilities
 
 
@@ -251,35 +253,39 @@ def _make_train_epoch(config: Config, mesh: Mesh, train_size: int, train_def, tx
         loss = optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean()
         return loss, nnx.state(net, nnx.BatchStat)
 
-    def train_steps(state, x, y, order, crops):
+    def train_steps(state, x, y, order, crops, first, stop):
         """On one device, with its share of every batch."""
 
-        def step(state, batch):
-            order, crops = batch
-            images = jax.vmap(batches.crop_and_flip)(x[order], crops)
+        def step(i, state_and_losses):
+            state, losses = state_and_losses
+            images = jax.vmap(batches.crop_and_flip)(x[order[i]], crops[i])
             (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, state.stats, batches.normalise(images), y[order]
+                state.params, state.stats, batches.normalise(images), y[order[i]]
             )
             loss, grads = lax.pmean((loss, grads), "data")
             updates, opt = tx.update(grads, state.opt, state.params)
             params = apply_updates(state.params, updates)
-            return State(state.step + 1, params, stats, opt), loss
+            state = State(state.step + 1, params, stats, opt)
+            return state, losses.at[i].set(loss.astype(losses.dtype))
 
-        return lax.scan(step, state, (order, crops))
+        return lax.fori_loop(first, stop, step, (state, jnp.zeros(len(order))))
 
-    def train_epoch(state, x, y, seed, epoch):
+    def train_epoch(state, x, y, seed, epoch, first=0, stop=train_size):
+        """The steps from `first` to before `stop`; the losses of the others are 0."""
         tables = draw_epoch(seed, epoch, train_size)
         parts = [split_batches(table, config.batch_size) for table in tables]
-        losses = []
+        losses, before = [], 0
         for order, crops in zip(*parts, strict=True):
             spec = _split_if_divisible(mesh, order.shape[1], axis=1)
+            ends = [jnp.clip(end - before, 0, len(order)) for end in (first, stop)]
+            before += len(order)
             state, loss = jax.shard_map(
                 train_steps,
                 mesh=mesh,
-                in_specs=(REPLICATED, REPLICATED, REPLICATED, spec, spec),
+                in_specs=(*[REPLICATED] * 3, spec, spec, REPLICATED, REPLICATED),
                 out_specs=REPLICATED,
                 check_vma=False,
-            )(state, x, y, order, crops)
+            )(state, x, y, order, crops, *ends)
             losses.append(loss)
         return state, jnp.concatenate(losses)
 
@@ -335,7 +341,7 @@ class Compiled(NamedTuple):
 
     schedule: Phases
     initial_state: Any  # seed -> state
-    train_epoch: Any  # state, seed, epoch -> state, step losses
+    train_epoch: Any  # state, seed, epoch, first=0, stop=all -> state, step losses
     evaluate: Any  # state, seed -> class probabilities of the plain images
     evaluate_last: Any  # the same; with the augmented passes, if there are any
     state: State  # shapes, dtypes and shardings
@@ -358,7 +364,10 @@ def compile_programs(programs: Programs, x, y, test_x, passes: int) -> Compiled:
     )
     jit = functools.partial(jax.jit, out_shardings=x.sharding)
     train_epoch = jit(programs.train_epoch, donate_argnums=0)
-    train_epoch = train_epoch.lower(state, x, y, number, number).compile()
+    train_epoch = train_epoch.lower(state, x, y, *[number] * 4).compile()
+
+    def run_epoch(state, seed, epoch, first=0, stop=2**31 - 1):
+        return train_epoch(state, x, y, seed, epoch, np.int32(first), np.int32(stop))
 
     def compile_evaluate(augmented: int):
         evaluate = jit(functools.partial(programs.evaluate, augmented=augmented))
@@ -369,7 +378,7 @@ def compile_programs(programs: Programs, x, y, test_x, passes: int) -> Compiled:
     return Compiled(
         programs.schedule,
         jit(programs.initial_state).lower(number).compile(),
-        lambda state, seed, epoch: train_epoch(state, x, y, seed, epoch),
+        run_epoch,
         plain,
         compile_evaluate(passes) if passes else plain,
         state,

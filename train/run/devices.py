@@ -41,6 +41,19 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def print_compiling(what: str) -> None:
+    """A line before the silence of compilation, which lasts seconds to minutes.
+
+    Args:
+        what: the program or the folder of its run.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    kernels = (home / "adamw_jax").glob("*.so")
+    first = jax.default_backend() == "cpu" and next(kernels, None) is None
+    note = ", and once for this machine the kernel of the update" if first else ""
+    print(f"{what}: compiling{note} ...", flush=True)
+
+
 def data_mesh() -> Mesh:
     """All devices on one axis, `data`, over which batches are split."""
     return Mesh(np.array(jax.devices()), ("data",))

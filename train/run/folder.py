@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from train.run import command
 from train.run import log as log_file
+from train.run.devices import print_compiling
 from train.run.environment import WriteScalars, environment, event_writer
 from train.run.output import Output
 
@@ -96,6 +98,7 @@ class Run:
         self._open()
         with contextlib.ExitStack() as resources:
             resources.enter_context(exclusive(self.folder))
+            resources.enter_context(command.resumable())
             written = log_file.read_json(self.folder / "config.json").get("format", 1)
             if written != FORMAT and self.seeds_left:
                 raise ValueError(
@@ -105,7 +108,16 @@ class Run:
                     "pass --overwrite to remove it"
                 )
             self._resources = resources.pop_all()
+        self._print_what_follows()
         return self
+
+    def _print_what_follows(self) -> None:
+        """Seeds that are finished, and a line before the silence of compilation."""
+        left, seeds = self.seeds_left, len(self.seeds)
+        if 0 < len(left) < seeds:
+            print(f"{seeds - len(left)} of {seeds} seeds are finished.")
+        if left:
+            print_compiling(str(self.folder))
 
     def __exit__(self, *exception: Any) -> None:
         self._resources.close()
@@ -150,6 +162,9 @@ class Run:
 
     def rewind(self, seed: int, step: int, epochs: int) -> None:
         """Drops what a seed logged after the checkpoint of `step`; see `rewind_log`."""
+        if step:
+            seed_of = f"Seed {seed}: going" if len(self.seeds) > 1 else "Going"
+            print(f"{seed_of} on from step {step}.", flush=True)
         log_file.rewind_log(self.folder / "metrics.jsonl", seed, step, epochs)
 
     def diverged(self, seed: int, step: int, **values: float) -> NoReturn:

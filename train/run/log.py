@@ -61,8 +61,11 @@ def rewind_log(path: Path, seed: int, step: int, epochs: int) -> None:
         for line in read_lines(path)
         if line.get("seed") != seed
         or (line["event"] == "epoch" and line["step"] <= step)
+        or (line["event"] == "stopped" and line["step"] == step)
     ]
-    logged = sum(line.get("seed") == seed for line in lines)
+    logged = sum(
+        line.get("seed") == seed and line["event"] == "epoch" for line in lines
+    )
     if logged != epochs:
         raise ValueError(
             f"{path} has {logged} epochs of seed {seed}, its checkpoint {epochs}: "

@@ -27,7 +27,7 @@ def _bar(total: int, unit: str) -> Iterator[Advance]:
     from rich import progress as rich
 
     columns = (
-        rich.BarColumn(),
+        rich.BarColumn(20),  # so that a line fits into 80 columns
         rich.MofNCompleteColumn(),
         rich.TextColumn(unit),
         rich.TimeRemainingColumn(),

@@ -1,6 +1,8 @@
 """Tables, numbers and lines of progress that all commands print alike."""
 
 import datetime
+import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,9 @@ def progress_line(
 ) -> str:
     """A line of progress of a training run.
 
+    On a terminal it leaves out what matters least until it fits into the width: another
+    line would scroll away the ones before. In a log it is complete.
+
     Args:
         line: with seed, epoch, step, loss, learning_rate and perhaps b1.
         epochs: of the run.
@@ -65,14 +70,23 @@ def progress_line(
         results: of evaluation, after the loss.
         speed: such as 1,234 images/s.
     """
-    parts = [
-        f"seed {line['seed']} epoch {line['epoch']}/{epochs}",
-        f"step {line['step']}/{steps}",
-        f"loss {line['loss']:.4f}",
-        results,
-        f"lr {line['learning_rate']:.2e}",
-        f"b1 {line['b1']:.3f}" if "b1" in line else "",
-        speed,
-        f"{datetime.timedelta(seconds=round(seconds_left))} left",
-    ]
-    return " ".join(filter(None, parts))
+    parts = {
+        "seed": f"seed {line['seed']}",
+        "epoch": f"epoch {line['epoch']}/{epochs}",
+        "step": f"step {line['step']}/{steps}",
+        "loss": f"loss {line['loss']:.4f}",
+        "results": results,
+        "lr": f"lr {line['learning_rate']:.2e}",
+        "b1": f"b1 {line['b1']:.3f}" if "b1" in line else "",
+        "speed": speed,
+        "left": f"{datetime.timedelta(seconds=round(seconds_left))} left",
+    }
+    text = " ".join(filter(None, parts.values()))
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        for least in ("b1", "lr", "speed", "step", "seed", "left", "loss"):
+            if len(text) <= width:
+                break
+            del parts[least]
+            text = " ".join(filter(None, parts.values()))
+    return text

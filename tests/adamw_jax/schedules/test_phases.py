@@ -218,6 +218,27 @@ def test_plot(tmp_path):
     axes[0].figure.savefig(tmp_path / "phases.png")
 
 
+def test_a_plot_has_no_panel_for_a_constant(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    cycle = aj.one_cycle(3e-3, steps=100, b1=(1e-4, 0.9999), b2=0.99)
+    axes = cycle.plot()
+    assert [ax.get_ylabel() for ax in axes] == ["learning_rate", "b1"]
+    assert axes[0].get_title() == "constant: b2 0.99"
+    # no panel runs past what is possible
+    assert axes[0].get_ylim()[0] == 0 and axes[0].get_ylim()[1] > 3e-3
+    assert axes[1].get_ylim() == (0, 1)
+    # axes that are passed: for all, or for those that change
+    for names in (cycle.names, ("learning_rate", "b1")):
+        own = matplotlib.figure.Figure().subplots(len(names))
+        cycle.plot(own)
+        assert tuple(ax.get_ylabel() for ax in own) == names
+    with pytest.raises(ValueError, match="axes must be 2, .* learning_rate, b1, got 1"):
+        cycle.plot(own[:1])
+    constant = aj.Phases([aj.Phase(steps=5, learning_rate=0.1, b1=0.9)])
+    assert [ax.get_ylabel() for ax in constant.plot()] == ["learning_rate", "b1"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -39,7 +39,7 @@ def test_what_is_prepared(name, cores, cached, monkeypatch):
     monkeypatch.setattr(devices, "use_all_cores", used.append)
     monkeypatch.setattr(devices, "use_compilation_cache", lambda: caches.append(1))
     monkeypatch.setattr(command.BENCHES[name], "main", ran.append)
-    command.main([name, "--name=x"])
+    command.main(command.parse_args([name, "--name=x"]))
     assert (used, bool(caches)) == (cores, cached)
     assert [config.name for config in ran] == ["x"]
 

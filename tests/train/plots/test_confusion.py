@@ -208,7 +208,7 @@ def test_mistakes(tmp_path, drawn):
         (1, "is cat, 10 %\ntaken for cow, 70 %"),
         (4, "is dog, 40 %\ntaken for cat, 50 %"),
     ]
-    assert figure.get_suptitle().startswith("4 of 4 mistake(s) (n = 5)")
+    assert figure.get_suptitle().startswith("4 of 4 mistakes (n = 5)")
 
 
 def test_mistakes_are_those_of_the_highest_cross_entropy(tmp_path, drawn):
@@ -221,7 +221,7 @@ def test_mistakes_are_those_of_the_highest_cross_entropy(tmp_path, drawn):
     assert [i for i, _ in shown(drawn[0])] == wrong[:7]
     assert len(drawn[0].axes) == 10  # two rows, three cells empty
     text = " ".join(drawn[0].get_suptitle().split())
-    assert text.startswith(f"7 of {len(wrong)} mistake(s) (n = 60)")
+    assert text.startswith(f"7 of {len(wrong)} mistakes (n = 60)")
 
 
 def test_no_mistakes(tmp_path, drawn):

@@ -1,8 +1,11 @@
 """What the training curves show, read from the drawn axes."""
 
+import itertools
+
 import numpy as np
 import pytest
 from figures import legend, lines, saved_figures
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from adamw_jax import Phase, Phases, one_cycle
 from train.plots import curves
@@ -38,7 +41,7 @@ def test_classifier(tmp_path):
     assert len(loss.lines) == 2 * 2 + 1  # each seed's, and the divergence
     assert drawn["diverged"][0].tolist() == [3, 3]  # step 15 of 20, epoch 3 of 4
     assert accuracy.lines[1].get_ydata().tolist() == [40, 70]
-    final = lines(accuracy)["at the end, mean of 2 pass(es)"]
+    final = lines(accuracy)["at the end, mean of 2 passes"]
     assert final.tolist() == [[4, 4], [61, 71.5]]
     assert "66.25 % (n = 2)" in accuracy.get_title()
     assert accuracy.get_ylabel() == "valid accuracy, %"
@@ -62,10 +65,59 @@ def test_language_model(tmp_path):
     assert perplexity.get_yscale() == "log"
 
 
-def test_a_log_without_an_epoch_is_drawn(tmp_path):
-    with pytest.warns(UserWarning, match="No artists"), saved_figures() as figures:
-        curves.plot_classifier([], PHASES, 4, tmp_path / "a.png")
-    assert not figures[0].axes[0].lines
+@pytest.mark.parametrize("diverged", [False, True])
+def test_a_log_without_an_epoch_has_no_empty_axes(tmp_path, diverged):
+    log = [{"event": "diverged", "seed": 0, "step": 10}] * diverged
+    with saved_figures() as figures:
+        curves.plot_classifier(log, PHASES, 4, tmp_path / "a.png")
+        curves.plot_language_model(log, PHASES, 4, tmp_path / "b.png")
+    for figure in figures:
+        schedule, momentum = figure.axes
+        assert len(schedule.lines) == 1 + diverged and len(momentum.lines) == 1
+
+
+def test_one_pass_is_one(tmp_path):
+    log = epochs(0, loss=[2.0, 1.0], test_loss=[3.0, 2.0], accuracy=[50.0, 60.0])
+    log.append({"event": "end", "seed": 0, "accuracy": 61.0, "passes": 1})
+    with saved_figures() as figures:
+        curves.plot_classifier(log, PHASES, 4, tmp_path / "a.png")
+    assert legend(figures[0].axes[1]) == ["at the end, mean of 1 pass"]
+
+
+def boxes(figure, artists):
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    return [artist.get_window_extent(renderer) for artist in artists]
+
+
+@pytest.mark.parametrize(
+    "loss", [[2.0, 1.0, 0.5], [1.36, 1.35, 1.34], [9e3, 5.0, 1e-4]]
+)
+def test_what_is_drawn_can_be_read(tmp_path, loss):
+    """Plain numbers, none upon another, and no legend where something is drawn."""
+    log = epochs(0, loss=loss, test_loss=loss, accuracy=[99.999, 99.9991, 99.9992])
+    log.append({"event": "end", "seed": 0, "accuracy": 99.9993, "passes": 2})
+    with saved_figures() as figures:
+        curves.plot_classifier(log, PHASES, 3, tmp_path / "a.png")
+    (figure,) = figures
+    for ax in figure.axes:
+        shown = [
+            label
+            for label, at in zip(ax.get_yticklabels(), ax.get_yticks(), strict=True)
+            if ax.get_ylim()[0] <= at <= ax.get_ylim()[1]
+        ]
+        assert len(shown) >= 3
+        assert all(
+            float(label.get_text().replace("\N{MINUS SIGN}", "-")) >= 0
+            for label in shown
+        )
+        for below, above in itertools.pairwise(boxes(figure, shown)):
+            assert below.y1 <= above.y0
+        assert not ax.yaxis.get_offset_text().get_text()
+        if ax.get_legend():
+            (inside, legend_box) = boxes(figure, [ax, ax.get_legend()])
+            assert not ax.patch.get_window_extent().overlaps(
+                legend_box.shrunk(0.99, 0.9)
+            )
 
 
 def test_seeds(tmp_path):
@@ -99,13 +151,20 @@ def test_switches(tmp_path):
     assert difference[3] == 0.25 and np.isnan(difference[[0, 1, 2, 4]]).all()
 
 
-@pytest.mark.parametrize("cycled", [True, False])
-def test_schedules(cycled):
-    phases = PHASES if cycled else Phases([Phase(20, learning_rate=(0.1, 0.0))])
+@pytest.mark.parametrize("b1", ["cycled", "constant", None])
+def test_schedules(b1):
+    rates = {"learning_rate": (0.1, 0.0)}
+    rates |= {"b1": 0.9} if b1 == "constant" else {}
+    phases = PHASES if b1 == "cycled" else Phases([Phase(20, **rates)])
     ax = curves.new_figure(4, 3).subplots()
     momentum = curves.draw_schedules(ax, phases, 4)
     (rate,) = ax.lines
     np.testing.assert_allclose(rate.get_xdata(), np.arange(20) / 5)
     expected = [phases.at(step)["learning_rate"] for step in range(20)]
     np.testing.assert_allclose(rate.get_ydata(), expected, rtol=1e-6)
-    assert len(momentum.lines) == cycled
+    if b1 == "cycled":
+        assert len(momentum.lines) == 1
+    else:  # no empty axes
+        assert momentum is None and ax.figure.axes == [ax]
+        assert ax.get_title() == ("b1 0.9 throughout" if b1 else "")
+    assert ax.get_ylim()[0] == 0

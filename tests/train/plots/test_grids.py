@@ -49,7 +49,32 @@ def test_tuning(tuning, tmp_path):
     x, y = l2.lines[0].get_data()
     assert list(x) == [0, 1]
     assert y[0] == pytest.approx(2) and 1.5 < y[1] < 2
-    assert "Mean of 2 run(s) per cell" in figures[0]._supxlabel.get_text()
+    assert "Mean of 2 runs per cell" in figures[0]._supxlabel.get_text()
+
+
+@pytest.mark.parametrize(
+    ("without_cache", "high"),
+    [
+        (55.0, 50.0),  # a little beyond all cells
+        (500.0, 50.0),  # far beyond them: the colours still tell them apart
+        (46.0, 46.0),  # in between: a cache makes what is beyond the colours worse
+        (30.0, 45.5),  # below all: half of the cells have colours of their own
+    ],
+)
+def test_colours_of_a_cache(without_cache, high, tmp_path):
+    perplexities = np.array([40.0, 45.0, 46.0, 50.0]).reshape(1, 2, 2)
+    tuned = {
+        "windows": [100],
+        "thetas": [0.1, 0.5],
+        "lambdas": [0.1, 0.2],
+        "perplexities": perplexities.tolist(),
+        "tuned": {"window": 100, "theta": 0.1, "lambda_": 0.1},
+        "valid": {"no cache": without_cache, "tuned": 40.0},
+    }
+    with saved_figures() as figures:
+        grids.plot_cache(tuned, tmp_path / "a.png")
+    ax, bar = figures[0].axes
+    assert ax.images[0].norm.vmin == 40 and ax.images[0].norm.vmax == high
 
 
 def test_cache(tmp_path):
@@ -72,4 +97,4 @@ def test_cache(tmp_path):
         ax.get_title()
         == "best of 2 windows: 200, perplexity 40.20; without a cache 55.00"
     )
-    assert bar.get_ylim() == (40.25, 55)
+    assert bar.get_ylim() == (40.25, 50)

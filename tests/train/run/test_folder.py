@@ -158,10 +158,28 @@ def test_errors_within_a_run_release_the_lock(tmp_path):
         pass
 
 
+def test_where_a_run_goes_on_is_printed(tmp_path, capsys):
+    with make(tmp_path, seeds=2) as run:
+        assert capsys.readouterr().out.startswith(f"{run.folder}: compiling")
+        run.rewind(0, 0, 0)
+        assert not capsys.readouterr().out
+        finish(run, 0)
+    with make(tmp_path, seeds=2) as run:
+        assert capsys.readouterr().out.startswith("1 of 2 seeds are finished.\n")
+        run.log("epoch", seed=1, epoch=1, step=4, loss=0.5)
+        run.rewind(1, 38, 1)
+        assert capsys.readouterr().out == "Seed 1: going on from step 38.\n"
+    with make(tmp_path, name="single") as run:
+        capsys.readouterr()
+        run.rewind(0, 38, 0)
+        assert capsys.readouterr().out == "Going on from step 38.\n"
+
+
 def test_other_devices_are_mentioned(tmp_path, capsys):
     with make(tmp_path) as run:
         start = run.start(1.5)
         assert start == run.lines("start")[0] and start["compile_seconds"] == 1.5
+        assert "compiling" in capsys.readouterr().out  # the line before the silence
         run.start(1.5)
         assert not capsys.readouterr().out
         del start["event"]

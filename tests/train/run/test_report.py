@@ -65,3 +65,22 @@ def test_a_line_of_progress():
         "seed 0 epoch 2/3 step 8/12 loss 0.5000 test 0.4000 90.00 % lr 1.00e-03 "
         "b1 0.850 7 images/s 0:01:01 left"
     )
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_line_on_a_terminal_fits(width, monkeypatch):
+    monkeypatch.setattr(report.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    line = {"seed": 10, "epoch": 12, "step": 46_920, "loss": 0.5, "b1": 0.85}
+    text = report.progress_line(
+        line | {"learning_rate": 1e-3},
+        epochs=30,
+        steps=117_300,
+        seconds_left=7261.2,
+        results="valid 0.4000 (perplexity 123.45)",
+        speed="1,234 images/s (12% waiting for them)",
+    )
+    assert len(text) <= width
+    assert "epoch 12/30" in text and "valid 0.4000 (perplexity 123.45)" in text
+    assert ("2:01:01 left" in text) == (width >= 80)
+    assert ("b1 0.850" in text) == (width == 200)
