@@ -346,7 +346,7 @@ def report(run: Run, task: Task) -> dict[str, Any]:
         **machine(run.lines("start")),
         "runs": ends,
     }
-    if sizes == recipe.ARTICLE_IMAGES and config.weights and not changed:
+    if results["images"] == recipe.ARTICLE_IMAGES and config.weights and not changed:
         results["article"] = recipe.ARTICLE
     write_json(run.folder / "results.json", results)
     draw(run, task)
