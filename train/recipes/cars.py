@@ -66,9 +66,8 @@ class Config(Output):
 
     # None: resnet50; without weights, efficientnet_lite0 with the extra's, if installed
     architecture: Architecture | None = None
-    width: int | None = (
-        None  # of the first convolution; None: published (64; Lite0: 32)
-    )
+    # channels of the first convolution; None: as published, 64 and EfficientNet's 32
+    width: int | None = None
     size: int = 224  # side of the images, in pixels
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
 
