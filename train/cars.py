@@ -3,15 +3,15 @@
     python -m train.cars --data-dir DIR --weights FILE           # 20 + 40 epochs
     python -m train.cars --data-dir DIR --weights FILE --recipe adamw
     python -m train.cars --data-dir DIR --architecture resnet18  # from scratch
+    python -m train.cars --data-dir DIR --weights imagenet  # of the extra pretrained
     python -m train.cars predict IMAGE... --model runs/NAME/model-0.safetensors
 
 DIR is Stanford Cars as published, or any folder with a sub-folder of images per class;
 see docs/reproduce/cars.md. FILE is a .pth or .safetensors with torchvision's names, as
-torchvision and timm publish them, or a model written by this script. With FILE, the
+torchvision and timm publish them, or a model written by this script. With weights, the
 head is trained alone first, while the body stays frozen with its batch norm in
-evaluation mode. Then the whole network is trained, the first half of the body at a
-ninth and the second half at a third of the learning rate. Without FILE the whole
-network is trained from the start, at one learning rate.
+evaluation mode. Then everything is, the first half of the body at a ninth and the
+second half at a third of the rate; from scratch, from the start and at one rate.
 
 Results go to runs/NAME: config.json, metrics.jsonl, curves.png, checkpoints/,
 results.json, and for each seed its predictions, a confusion matrix, the worst mistakes
@@ -59,7 +59,7 @@ class Task(NamedTuple):
 
 def main(config: Config) -> dict[str, Any]:
     """Trains the unfinished seeds; returns the contents of results.json."""
-    config = recipe.resolve(config)
+    config = recipe.resolve(config, pretrained.packaged())
     data, tensors = pictures.read(config.data_dir, config.valid_folder), {}
     train_size, asked = len(data.train.labels), config.batch_size
     config = recipe.fit_batch_size(config, train_size)

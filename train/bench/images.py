@@ -156,11 +156,16 @@ def torch_program(config: Config, settings: recipe.Config) -> Program:
     """The same step of the whole network: channels last, autocast."""
     import torch
 
-    from train.references import resnet as torch_resnet
+    from train.references.efficientnet import EfficientNetLite0
+    from train.references.resnet import ResNet
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
-    net: Any = torch_resnet.ResNet(config.architecture, config.width)
+    net: Any = (
+        EfficientNetLite0(config.width)
+        if config.architecture == classifier.EFFICIENTNET
+        else ResNet(config.architecture, config.width)
+    )
     net = net.to(device, memory_format=torch.channels_last)
     l2 = settings.l2 or 0.0
     adam = torch.optim.Adam(
@@ -187,7 +192,7 @@ def torch_program(config: Config, settings: recipe.Config) -> Program:
     return Program(run, config.steps, 3 * config.batch_size * image_flops(settings))
 
 
-def image_flops(settings: recipe.Config) -> float:
+def image_flops(settings: Any) -> float:
     """The FLOPs of an image, forward."""
     net = classifier.make_network(
         settings.architecture, settings.width, "float32", CLASSES

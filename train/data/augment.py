@@ -54,9 +54,9 @@ def plain_view(image: Image.Image, size: int) -> np.ndarray:
     return _crop(image, (height - size + 1) // 2, (width - size + 1) // 2, size)
 
 
-def normalise(pixels):
+def normalise(pixels, mean=MEAN, std=STD):
     """uint8 pixels to the network's input; runs inside the step."""
-    return (pixels.astype(np.float32) / np.float32(255) - MEAN) / STD
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
 
 
 # ---------------------------------------------------------------------------

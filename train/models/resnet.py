@@ -171,8 +171,11 @@ class ResNet(nnx.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.features = n_in
 
-    def __call__(self, x, *, train: bool):
-        """With train=False, batch norm uses its running statistics unchanged."""
+    def __call__(self, x, *, train: bool, key: jax.Array | None = None):
+        """With train=False, batch norm uses its running statistics unchanged.
+
+        The key is for bodies that draw random numbers, which this one does not.
+        """
         x = max_pool(nnx.relu(self.bn1(self.conv1(x), not train)))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
@@ -188,14 +191,20 @@ class ResNet(nnx.Module):
 class Head(nnx.Module):
     """fast.ai's head: maximum and mean over the feature maps, then two linear layers.
 
-    Computes in float32 at least, which costs next to nothing. The indices of `fc` are
-    those of PyTorch's `nn.Sequential`.
+    Computes in float32 at least, which costs next to nothing. The layers are in the
+    attribute `name`, that of the body's classifier in PyTorch, and their indices are
+    those of `nn.Sequential`.
 
     Source: fastai 0.7, `conv_learner.py` and `layers.py`.
     """
 
-    def __init__(self, features: int, classes: int, *, rngs: nnx.Rngs):
-        self.fc: Any = nnx.List(
+    fc: Any  # unless `name` is another
+
+    def __init__(
+        self, features: int, classes: int, *, name: str = "fc", rngs: nnx.Rngs
+    ):
+        self.name = name
+        layers = nnx.List(
             [
                 _norm(2 * features, None, rngs, jax.random.uniform),  # PyTorch 0.4's
                 nnx.Dropout(0.25),
@@ -206,6 +215,7 @@ class Head(nnx.Module):
                 _linear(512, classes, rngs),
             ]
         )
+        setattr(self, name, layers)
 
     def __call__(self, maps, *, train: bool, key: jax.Array | None = None):
         """The key is for dropout; only training needs it."""
@@ -214,7 +224,9 @@ class Head(nnx.Module):
             if key is None:
                 raise ValueError("key must be a jax.random.key in training, got None")
             keys = jax.random.split(key)
-        norm1, dropout1, linear1, relu, norm2, dropout2, linear2 = self.fc
+        norm1, dropout1, linear1, relu, norm2, dropout2, linear2 = getattr(
+            self, self.name
+        )
         maps = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
         x = jnp.concatenate([global_max(maps), maps.mean((1, 2))], axis=1)
         x = dropout1(norm1(x, not train), deterministic=not train, rngs=keys[0])

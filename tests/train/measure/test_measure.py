@@ -14,6 +14,7 @@ from train.bench import cifar10 as cifar10_bench
 from train.bench import language_model as language_model_bench
 from train.bench import update as update_bench
 from train.data import cifar10, pictures
+from train.recipes import cars
 
 SCRIPTS = Path(__file__).parents[3] / "train" / "measure"
 SCRIPT = SCRIPTS / "cifar10.sh"
@@ -166,7 +167,8 @@ def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
         assert config.recipe == ("adamw" if "adam-l2" not in name else "adam-l2")
         own = name in ("adam-l2", "adamw")
         expected = ("resnet50", 64) if own else ("resnet18", 16)
-        assert (config.architecture, config.width) == expected
+        resolved = cars.resolve(config)
+        assert (resolved.architecture, resolved.width) == expected
         if own:  # the article's
             assert config.weights == inputs / "WEIGHTS.pth"
             assert (config.frozen_epochs, config.epochs, config.size) == (None, 40, 224)
@@ -183,6 +185,32 @@ def test_the_commands_for_cars(measure, tmp_path, weights, monkeypatch):
         words[words.index("--name") + 1] for words in commands if "--name" in words
     ]
     assert again == ["scratch-adamw"]
+
+
+def test_the_commands_for_transfer(measure, tmp_path, monkeypatch):
+    """ImageNet's weights and none, in as many epochs, by both recipes."""
+    monkeypatch.setenv("EPOCHS", "7")
+    monkeypatch.setenv("FROZEN", "2")
+    command = SCRIPTS / "transfer.sh", tmp_path / "out", tmp_path / "CARS"
+    status, commands = measure(*command, fail="scratch-adamw")
+    assert status == 1
+    runs = {}
+    for _, module, *args in commands[:-1]:
+        assert module == "train.cars"
+        config = parse(module, args)
+        runs[config.name] = cars.resolve(config, Path("extra.pth"))
+    names = [f"{kind}-{r}" for r in cars.RECIPES for kind in ("imagenet", "scratch")]
+    assert list(runs) == names
+    for name, config in runs.items():
+        assert (config.architecture, config.width) == ("efficientnet_lite0", 32)
+        assert (config.data_dir, config.size) == (tmp_path / "CARS", 128)
+        assert name.endswith(config.recipe) and config.seeds == 3
+        assert config.frozen_epochs + config.epochs == 9
+        pretrained = name.startswith("imagenet")
+        assert config.weights == (Path("extra.pth") if pretrained else None)
+        assert config.frozen_epochs == (2 if pretrained else 0)
+    _, commands = measure(*command)  # what failed is repeated
+    assert [words[-1] for words in commands[:-1]] == ["scratch-adamw"]
 
 
 def test_the_commands_for_updates(measure, tmp_path, monkeypatch):

@@ -321,6 +321,49 @@ def test_without_pytorch(tmp_path, monkeypatch, state_dict):
     assert len(pretrained.read(tmp_path / "w.safetensors")[0]) == len(state_dict)
 
 
+def install(folder, *files, name=pretrained.PACKAGE):
+    """A distribution as pip leaves it, whose code must not run."""
+    metadata = folder / f"{name.replace('-', '_')}-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Name: {name}\nVersion: 0.1.0\n")
+    (metadata / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("raise SystemExit")
+
+
+def test_the_file_of_the_extra(tmp_path, monkeypatch):
+    weights = "package/models/efficientnet-lite0-57934424.pth"
+    install(tmp_path, "package/__init__.py", weights)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert pretrained.packaged() == tmp_path / weights
+    (tmp_path / weights).unlink()
+    assert pretrained.packaged() is None
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    assert pretrained.packaged() is None
+
+
+def test_the_older_format_needs_no_pytorch(tmp_path, monkeypatch, state_dict):
+    """That of the extra's file."""
+    path = tmp_path / "w.pth"
+    torch.save(state_dict, path, _use_new_zipfile_serialization=False)
+    with_pytorch, _ = pretrained.read(path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    same(pretrained.read(path)[0], with_pytorch)
+
+
+def test_files_of_other_efficientnets(shapes):
+    names = {"_conv_stem.weight": (32, 3, 3, 3)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in names.items()}
+    hint = problems(tensors, shapes)[-1]
+    assert "The file is of a efficientnet_lite0 of width 32, " in hint
+    tensors["_blocks.0._se_reduce.weight"] = np.ones((8, 32, 1, 1), np.float32)
+    assert "larger EfficientNet than Lite0" in problems(tensors, shapes)[-1]
+
+
 # ---------------------------------------------------------------------------
 # files of other networks
 # ---------------------------------------------------------------------------

