@@ -102,6 +102,9 @@ def test_the_commands_for_language_models(measure, tmp_path, data):
     script, out = SCRIPTS / "language_model.sh", tmp_path / "out"
     command = [script, out] if data is None else [script, out, tmp_path / data]
     (tmp_path / "DIR").mkdir()
+    for split in ("train", "valid", "test"):  # of which the command reads the length
+        text = tmp_path / "DIR" / f"wiki.{split}.tokens"
+        text.write_text("a " * (2_000_000 if split == "train" else 1000) + "\n")
     status, commands = measure(*command, fail="salesforce")
     assert status == (data is None)
     runs, tuned, timed = {}, [], []
