@@ -27,11 +27,10 @@ def chain(
     at links of another library, which see and return the dtype of the parameters. The
     state keeps its dtypes.
 
-    :func:`adamw_jax.update_and_apply`
-    calls `update` of all links but the last, then `step` of the last one. If the link
-    before it multiplies all gradients by one scalar, as
-    :func:`adamw_jax.clip_by_global_norm` does, it passes that `factor` to the step, and
-    the clipped gradients are never written to memory.
+    :func:`adamw_jax.update_and_apply` calls `update` of all links but the last, then
+    `step` of the last one. If the link before it multiplies all gradients by one
+    scalar, as :func:`adamw_jax.clip_by_global_norm` does, it passes that `factor` to
+    the step, and the clipped gradients are never written to memory.
 
     Args:
         *transforms: the links, in the order in which they act.
