@@ -203,15 +203,16 @@ def find(
         >>> import adamw_jax as aj
         >>> rng = np.random.default_rng(0)
         >>> x = rng.normal(size=(200, 16, 4)).astype("float32")
-        >>> y = x.sum(-1)
+        >>> y = x.sum(-1) + rng.normal(size=(200, 16)).astype("float32")
         >>> def loss_fn(params, batch):
         ...     x, y = batch
         ...     return jnp.mean((x @ params["w"] - y) ** 2)
+        >>> batches = list(zip(x, y))
         >>> curve = aj.lr_finder.find(
-        ...     loss_fn, {"w": jnp.zeros(4)}, list(zip(x, y)), first=1e-4
+        ...     loss_fn, {"w": jnp.zeros(4)}, batches, optimizer=aj.sgd, first=1e-4
         ... )
         >>> print(f"{curve.suggestion:.0e}")
-        8e-03
+        6e-03
 
     A Flax network with batch norm and dropout has a state as well::
 

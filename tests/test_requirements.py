@@ -19,7 +19,7 @@ def test_upper_bounds_are_in_the_constraints_only():
     bounds = [line for line in lines if not line.startswith("#")]
     bounded = {re.fullmatch(r"([\w-]+)<[\d.]+", line)[1] for line in bounds}
     required = names(PROJECT["dependencies"])
-    for extra in ("flax", "train", "tensorboard"):
+    for extra in ("flax", "train", "tensorboard", "pretrained"):
         required |= names(EXTRAS[extra])
     # A backport that does not break.
     assert required - bounded == {"importlib_resources"} and bounded <= required

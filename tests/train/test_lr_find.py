@@ -16,6 +16,7 @@ from train import lr_find
 from train.data import text
 from train.models import awd
 from train.recipes import language_model as recipe
+from train.recipes import text_size
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -222,7 +223,7 @@ def test_the_recipe_of_an_optimizer(model, optimizer, decays):
         assert getattr(settings, name) == decays.get(name, 0)
     adam = {} if optimizer == "sgd" else {"b1": 0.8, "b2": 0.99}
     assert settings.optimizer_args == adam
-    assert settings.width == recipe.SMALL["width"]
+    assert settings.width == text_size.SMALL["width"]
     own = dataclasses.replace(config, weight_decay=0.5, width=7)
     own = lr_find.language_model_settings(own)
     assert [getattr(own, name) for name in decays] == [0.5]
