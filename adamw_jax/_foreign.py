@@ -121,6 +121,13 @@ PHASE = _SCHEDULE | {
     "opt_fn": "leave it out, the optimizer is not part of a phase",
     "wd_loss": "set l2 or weight_decay of the optimizer instead",
 }
+ACCUMULATE = {
+    **dict.fromkeys(
+        ("every_k_schedule", "accumulation_steps", "k_steps"), "pass every_k"
+    ),
+    "should_skip_update_fn": "pass skip_nonfinite=True",
+    "opt": "pass inner",
+}
 
 
 def explain_names(

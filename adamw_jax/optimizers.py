@@ -565,8 +565,11 @@ def _build(
         if value is not phases and not unset:
             is_decay = target == "weight_decay" and "l2" in parameters
             argument = "l2 or weight_decay" if is_decay else target
+            passed = next(k for k, v in hyperparams.items() if v is phases)
+            schedule = "b1" if passed == "momentum" else passed
             raise ValueError(
-                f"{argument}={value!r} was set, but the phases drive {name} as well"
+                f"{argument}={value!r} was set, but the phases drive {name} as well: "
+                f"leave it out, or pass {passed}=phases.schedule({schedule!r}) alone"
             )
     # optax.inject_hyperparams makes arrays of all numbers and calls all functions.
     injected = all(isinstance(value, jax.Array) for value in hyperparams.values())

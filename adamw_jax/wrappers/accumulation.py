@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .. import _foreign
 from .._checks import check_scalar
 from .._dtypes import as_array, cast, is_inexact, scalar_dtype
+from .._foreign import explain_names
 from .._transformation import (
     Transformation,
     check_transformation,
@@ -39,6 +41,7 @@ class AccumulateState(NamedTuple):
     inner_state: optax.OptState
 
 
+@explain_names(_foreign.ACCUMULATE)
 def accumulate_gradients(
     inner: optax.GradientTransformation,
     every_k: int | Callable[[jax.Array], Any],

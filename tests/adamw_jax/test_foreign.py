@@ -28,6 +28,11 @@ CALLS = [
     (aj.amsgrad, {"max_lr": 1e-3}, "pass learning_rate"),
     (aj.amsgrad, {"learning_rate": 1e-3, "decouple_wd": True}, "weight_decay .* l2"),
     (aj.sgd, {"lr": 0.1, "momentum": 0.9}, "pass learning_rate"),
+    (
+        aj.accumulate_gradients,
+        {"inner": aj.sgd(0.1), "every_k_schedule": 2},
+        "pass every_k",
+    ),
     (aj.sgd, {"learning_rate": 0.1, "mom": 0.9}, "pass momentum"),
     (aj.sgd, {"learning_rate": 0.1, "dampening": 0.9}, "pass dampened=True"),
     (aj.sgd, {"learning_rate": 0.1, "wd": 0.9}, "weight_decay .* l2"),

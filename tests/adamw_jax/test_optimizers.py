@@ -551,3 +551,14 @@ def test_constant_gradient_under_any_betas(betas, size):
     b1, b2 = (jnp.asarray(column, jnp.float32) for column in zip(*betas, strict=True))
     updates = updates_under(b1, b2, jnp.array([size, -size], jnp.float32))
     np.testing.assert_allclose(updates, [[1.0, -1.0]] * 30, rtol=5e-6)
+
+
+def test_phases_for_one_hyperparameter_alone():
+    """The message is a program that runs."""
+    phases = aj.one_cycle(0.1, steps=10, weight_decay=0.5)
+    with pytest.raises(ValueError, match=r"weight_decay=phases.schedule\('weight_dec"):
+        aj.adamw(0.1, weight_decay=phases)
+    state = aj.adamw(0.1, weight_decay=phases.schedule("weight_decay")).init(
+        jnp.ones(2)
+    )
+    assert float(aj.current_hyperparams(state)["learning_rate"]) == pytest.approx(0.1)
