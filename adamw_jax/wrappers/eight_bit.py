@@ -319,7 +319,7 @@ def quantize_moments(
         def store(path, old, new):
             """Stores the new value as the old one was stored."""
             if not _is_blocks(old):
-                return new
+                return _wrap_like(old, new)
             bits, name = None, _moment(path)
             owner = _owner(path, name)
             nu = second_moments.get(owner)
@@ -336,16 +336,21 @@ def quantize_moments(
                 bits = (bits >> (16 if name == "nu" else 0)).astype(jnp.uint16)
             return _quantize(new, old.codes.dtype, old.scale.shape, bits)
 
-        updates, new_state = inner.update(
-            updates, decode_moments(inner_state), params, **extra_args
+        # Without Variables, in which init left what is not quantized.
+        new, new_state = inner.update(
+            _unwrap(updates),
+            _unwrap(decode_moments(inner_state)),
+            _unwrap(params),
+            **extra_args,
         )
+        updates = jax.tree.map(_wrap_like, updates, new, is_leaf=_is_node)
         second_moments = {
             _owner(path, "nu"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(new_state)
             if _moment(path) == "nu"
         }
         new_state = jax.tree_util.tree_map_with_path(
-            store, inner_state, new_state, is_leaf=_is_blocks
+            store, inner_state, new_state, is_leaf=_is_node
         )
         return updates, QuantizedMomentsState(new_state, count, key)
 
@@ -383,6 +388,25 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _is_variable(x: Any) -> bool:
     """A Variable of Flax NNX; nnx.Optimizer makes its own of the arrays of blocks."""
     return hasattr(x, "get_value") and not isinstance(x, jax.Array)
+
+
+def _unwrap(tree: Any) -> Any:
+    """Replaces the Variables in a tree by their values."""
+
+    def value(x):
+        return jax.tree.leaves(x)[0] if _is_variable(x) else x
+
+    return jax.tree.map(value, tree, is_leaf=_is_variable)
+
+
+def _wrap_like(old: Any, new: Any) -> Any:
+    """Puts a value into a Variable, if the old one was in one."""
+    is_wrapped = _is_variable(old) and new is not None
+    return jax.tree.unflatten(jax.tree.structure(old), [new]) if is_wrapped else new
+
+
+def _is_node(x: Any) -> bool:
+    return x is None or _is_blocks(x) or _is_variable(x)
 
 
 def _is_blocks(x: Any) -> bool:

@@ -298,4 +298,4 @@ def test_the_command_and_what_it_does_not_need():
         [*command, "--epochs", "0"], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "ValueError: epochs must be above 0, got 0" in done.stderr
+    assert "error: epochs must be above 0, got 0" in done.stderr

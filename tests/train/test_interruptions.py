@@ -23,17 +23,24 @@ def options(**values):
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
+# A shell's background jobs ignore SIGINT. Not in preexec_fn, which forks a process that
+# has threads of JAX.
+AS_IN_A_TERMINAL = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
 def start(command, *args):
     """A command whose standard output and standard error are pipes."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"train.{command}", *map(str, args)],
+        [sys.executable, "-c", AS_IN_A_TERMINAL, f"train.{command}", *map(str, args)],
         cwd=ROOT,
         env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # as in a terminal; a shell's background jobs ignore SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -159,6 +159,11 @@ def test_a_signal_after_the_question_waits_for_the_next_step():
 
 # Starts, and then takes steps in Python, or is held in one call that runs no handlers,
 # like a compiled program.
+# A shell's background jobs ignore SIGINT.
+AS_IN_A_TERMINAL = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 COMMAND = """
 import contextlib, hashlib, time
 from train.run.command import finish_steps, resumable, run_command
@@ -203,14 +208,12 @@ WAITS = "Stopping when this step is saved. A second signal stops at once.\n"
 )
 def test_signals(kind, signals, printed):
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, kind],
+        [sys.executable, "-c", AS_IN_A_TERMINAL + COMMAND, kind],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # as in a terminal; a shell's background jobs ignore SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "started\n"
     start = time.monotonic()
