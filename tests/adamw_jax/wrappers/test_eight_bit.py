@@ -836,3 +836,19 @@ def test_in_an_optimizer_of_nnx(lenient):
     assert losses[-1] < 0.8 * losses[0]
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(optimizer))}
     assert {"int8", "uint8"} <= kinds
+
+
+def test_a_state_of_nnx(lenient):
+    """Its leaves are in Variables, also those of the updates."""
+    nnx = pytest.importorskip("flax.nnx")
+    params = nnx.state(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), nnx.Param)
+    arrays = dict(enumerate(jax.tree.leaves(params)))
+    tx = aj.quantize_moments(aj.adamw(0.1), block_size=8, min_size=32)
+    state, right_state = tx.init(params), tx.init(arrays)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+        right, right_state = tx.update(arrays, right_state, arrays)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        for x, y in zip(*map(jax.tree.leaves, (updates, right)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
