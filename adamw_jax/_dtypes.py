@@ -19,6 +19,11 @@ def compute_dtype(dtype: Any) -> Any:
     return double if x64 else single
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype is narrower than that of the arithmetic."""
+    return jnp.dtype(dtype) != compute_dtype(dtype)
+
+
 def real_dtype(dtype: Any) -> Any:
     """The compute dtype of absolute values and scalars: float32 or float64."""
     return jnp.finfo(compute_dtype(dtype)).dtype

@@ -94,9 +94,9 @@ def keep_state_dtypes(tx: optax.GradientTransformation) -> Any:
     Optax's Adam would return float32 moments for bfloat16 ones, and some of Optax's
     conditions fail for updates and states of different dtypes.
     """
-    if isinstance(tx, Transformation) or hasattr(tx, "step"):
-        return optax.with_extra_args_support(tx)
     inner = optax.with_extra_args_support(tx)
+    if isinstance(tx, Transformation) or hasattr(tx, "step"):
+        return inner
 
     def update(updates, state, params=None, **extra_args):
         narrowed = narrow_like(updates, params)

@@ -27,6 +27,11 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
+def is_variable(x: Any) -> bool:
+    """Whether x is a Variable of Flax NNX, which is not imported here."""
+    return hasattr(type(x), "raw_value")
+
+
 def path_string(path: tuple) -> str:
     """The path of a leaf, such as `layers/0/kernel`, without the `.value` of NNX."""
     parts = [jax.tree_util.keystr((key,), simple=True) for key in path]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from ._checks import check_scalar
+from ._tree import is_variable
 from .hyperparams import BETAS, OVERRIDDEN, HyperparamsState, ScaleByGroupState
 
 
@@ -147,8 +148,8 @@ def override_hyperparams(
         new = _override(part.node, "multipliers", by_label)
     if optimizer_state is state:
         return _replace_at(state, part.path, new)
-    variables = jax.tree.leaves(_own_values(part.node), is_leaf=_is_variable)
-    if all(map(_is_variable, variables)):
+    variables = jax.tree.leaves(_own_values(part.node), is_leaf=is_variable)
+    if all(map(is_variable, variables)):
         # Not replaced: functions that were compiled around them would not see new ones.
         for variable, leaf in zip(
             variables, jax.tree.leaves(_own_values(new)), strict=True
@@ -245,10 +246,6 @@ def _optimizer_state(state: Any) -> Any:
     if isinstance(state, tuple) or (parameters is not None and parameters.frozen):
         return state
     return getattr(state, "opt_state", state)
-
-
-def _is_variable(x: Any) -> bool:
-    return hasattr(type(x), "raw_value")  # of nnx
 
 
 def _own_values(node: Any) -> Any:

@@ -14,8 +14,8 @@ from .. import optimizers
 from .._checks import check_params
 from .._dtypes import (
     as_array,
-    compute_dtype,
     is_inexact,
+    is_narrow,
     real_dtype,
     scalar_dtype,
     storage_dtype,
@@ -95,9 +95,7 @@ def fuse(tx: Transformation) -> Transformation:
             )
             for leaf in leaves
         ]
-        narrow = any(
-            dtype != compute_dtype(dtype) for pair in moments for dtype in pair
-        )
+        narrow = any(is_narrow(dtype) for pair in moments for dtype in pair)
         if rule["rounds_stochastically"] and (narrow or params is None):
             return "update, then apply_updates: moments are rounded stochastically"
         if (reason := why_no_kernel()) is not None:
@@ -120,7 +118,7 @@ def fuse(tx: Transformation) -> Transformation:
 def _rounds(moments: ScaleByAdamState) -> bool:
     """Whether a moment is rounded stochastically, which the kernel does not do."""
     leaves = jax.tree.leaves((moments.mu, moments.nu))
-    narrow = (is_inexact(x) and x.dtype != compute_dtype(x.dtype) for x in leaves)
+    narrow = (is_inexact(x) and is_narrow(x.dtype) for x in leaves)
     return moments.key is not None and any(narrow)
 
 

@@ -8,17 +8,10 @@ from typing import Any
 import jax
 
 from .._tree import path_string
-from .arrays import Layout as Layout
 from .arrays import address
-from .arrays import flax_layout as flax_layout
 from .checkpoint import as_optimizer_state_dict
-from .groups import Parameter as Parameter
-from .groups import check_group
-from .groups import get_betas as get_betas
-from .groups import is_sgd as is_sgd
-from .groups import rate_ratio as rate_ratio
-from .groups import step_count as step_count
-from .problems import Problems as Problems
+from .groups import Parameter, check_group
+from .problems import Problems
 
 Rename = Callable[[str], str] | Mapping[str, str] | None
 Patterns = str | Sequence[str] | None

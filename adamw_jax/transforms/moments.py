@@ -14,7 +14,7 @@ from .._checks import (
     check_storage_dtype,
     is_static,
 )
-from .._dtypes import abs_sq, compute_dtype, real_dtype, scalar_dtype
+from .._dtypes import abs_sq, is_narrow, real_dtype, scalar_dtype
 from .._transformation import Transformation
 from .._tree import (
     ScalarOrSchedule,
@@ -31,11 +31,9 @@ from .rounding import init_key, step_key, stochastic_round
 AmsgradConvention = Literal["torch", "paper", "optax"]
 
 
-def _is_narrow(dtype: Any) -> bool:
+def _may_be_narrow(dtype: Any) -> bool:
     """Whether moments may be stored below float32."""
-    if dtype is None or dtype == "params":
-        return dtype == "params"
-    return jnp.dtype(dtype) != compute_dtype(dtype)
+    return dtype == "params" or (dtype is not None and is_narrow(dtype))
 
 
 def _step_key(key: Any, count: jax.Array) -> Any:
@@ -47,7 +45,7 @@ def _cast_moments(moments: tuple, dtypes: tuple, key: Any, index: int) -> tuple:
     """Casts the new moments of one leaf to their storage dtypes."""
     stored = []
     for i, (x, dtype) in enumerate(zip(moments, dtypes, strict=True)):
-        if key is None or dtype == compute_dtype(dtype):
+        if key is None or not is_narrow(dtype):
             stored.append(x.astype(dtype))
         else:
             leaf_key = jax.random.fold_in(jax.random.fold_in(key, index), i)
@@ -174,7 +172,7 @@ def scale_by_adam(
     """
     _check_adam_arguments(b1, b2, eps, eps_root, mu_dtype, nu_dtype, bias_correction)
     options = (bias_correction, nesterov, epsilon_hat)
-    rounds = stochastic_rounding and (_is_narrow(mu_dtype) or _is_narrow(nu_dtype))
+    rounds = stochastic_rounding and any(map(_may_be_narrow, (mu_dtype, nu_dtype)))
 
     def init(params: Any) -> Any:
         check_array("eps", eps)
@@ -372,7 +370,7 @@ def scale_by_amsgrad(
     mode_mu = bias_correction if corrected and bias_correction_mu else "none"
     mode_nu = bias_correction if corrected and bias_correction_nu else "none"
     options = (mode_mu, mode_nu, convention, epsilon_hat)
-    rounds = stochastic_rounding and (_is_narrow(mu_dtype) or _is_narrow(nu_dtype))
+    rounds = stochastic_rounding and any(map(_may_be_narrow, (mu_dtype, nu_dtype)))
     state_type = OptaxAmsgradState if convention == "optax" else ScaleByAmsgradState
 
     def init(params: Any) -> Any:

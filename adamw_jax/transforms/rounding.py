@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import check_params
-from .._dtypes import compute_dtype
+from .._dtypes import compute_dtype, is_narrow
 from .._transformation import Transformation
 from .._tree import arrays_only, increment, map_leaves, schedule_step
 
@@ -139,7 +139,7 @@ def _round_updates(updates, state, params):
     key = step_key(state.key, state.count)
 
     def leaf(i, u, p):
-        if p.dtype == compute_dtype(p.dtype):
+        if not is_narrow(p.dtype):
             return (u,)
         exact = p.astype(compute_dtype(p.dtype))
         bits = jax.random.bits(jax.random.fold_in(key, i), p.shape, "uint16")

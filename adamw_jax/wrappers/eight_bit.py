@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from .._transformation import Transformation, keep_state_dtypes
-from .._tree import find_states, increment, path_string
+from .._tree import find_states, increment, is_variable, path_string
 from ..transforms.rounding import init_key, step_key
 
 
@@ -284,7 +284,7 @@ def quantize_moments(
 
     def init(params: Any) -> Any:
         def store(path, leaf):
-            name, x = _moment(path), leaf.get_value() if _is_variable(leaf) else leaf
+            name, x = _moment(path), _unwrap(leaf)
             wide = getattr(x, "dtype", None) in _WIDE
             if name is None or not wide or x.size < min_size:
                 return leaf
@@ -298,7 +298,7 @@ def quantize_moments(
                 f"there is nothing to quantize: the state of inner must have a field "
                 f"{', '.join(MOMENTS)}, got {type(state).__name__}"
             )
-        state = jax.tree_util.tree_map_with_path(store, state, is_leaf=_is_variable)
+        state = jax.tree_util.tree_map_with_path(store, state, is_leaf=is_variable)
         if not stochastic_rounding:
             return QuantizedMomentsState(state)
         return QuantizedMomentsState(
@@ -385,28 +385,23 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mix(mix(number ^ key[0]) + key[1])
 
 
-def _is_variable(x: Any) -> bool:
-    """A Variable of Flax NNX; nnx.Optimizer makes its own of the arrays of blocks."""
-    return hasattr(x, "get_value") and not isinstance(x, jax.Array)
-
-
 def _unwrap(tree: Any) -> Any:
     """Replaces the Variables in a tree by their values."""
 
     def value(x):
-        return jax.tree.leaves(x)[0] if _is_variable(x) else x
+        return jax.tree.leaves(x)[0] if is_variable(x) else x
 
-    return jax.tree.map(value, tree, is_leaf=_is_variable)
+    return jax.tree.map(value, tree, is_leaf=is_variable)
 
 
 def _wrap_like(old: Any, new: Any) -> Any:
     """Puts a value into a Variable, if the old one was in one."""
-    is_wrapped = _is_variable(old) and new is not None
+    is_wrapped = is_variable(old) and new is not None
     return jax.tree.unflatten(jax.tree.structure(old), [new]) if is_wrapped else new
 
 
 def _is_node(x: Any) -> bool:
-    return x is None or _is_blocks(x) or _is_variable(x)
+    return x is None or _is_blocks(x) or is_variable(x)
 
 
 def _is_blocks(x: Any) -> bool:

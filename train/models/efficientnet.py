@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from train.models.depthwise import depthwise_conv
+from train.models.resnet import no_promotion
 
 # Of pixels in [0, 1]: the publisher's 127 and 128 of pixels up to 255.
 MEAN = np.full(3, 127 / 255, np.float32)
@@ -75,10 +76,6 @@ def _depthwise(channels, size, stride, dtype, rngs):
     )
 
 
-def _no_promotion(arrays, /, *, dtype=None, inexact=True):
-    return arrays
-
-
 def _norm(channels, dtype, rngs):
     return nnx.BatchNorm(
         channels,
@@ -86,7 +83,7 @@ def _norm(channels, dtype, rngs):
         epsilon=1e-3,
         dtype=dtype,
         # Flax would round scales and running statistics to bfloat16 before use.
-        promote_dtype=_no_promotion,
+        promote_dtype=no_promotion,
         rngs=rngs,
     )
 

@@ -32,7 +32,7 @@ def _conv(n_in, n_out, size, stride, dtype, rngs):
     )
 
 
-def _no_promotion(arrays, /, *, dtype=None, inexact=True):
+def no_promotion(arrays, /, *, dtype=None, inexact=True):
     return arrays
 
 
@@ -43,7 +43,7 @@ def _norm(channels, dtype, rngs, scale_init=nnx.initializers.ones):
         epsilon=1e-5,
         dtype=dtype,
         # Flax would round scales and running statistics to bfloat16 before use.
-        promote_dtype=_no_promotion,
+        promote_dtype=no_promotion,
         scale_init=scale_init,
         rngs=rngs,
     )

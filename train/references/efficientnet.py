@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from train.references.resnet import ConcatPool
+from train.references import resnet
 
 STAGES = (  # blocks, size of the kernel, stride of the first block, expansion, channels
     (1, 3, 1, 1, 16),
@@ -103,17 +103,9 @@ class EfficientNetLite0(nn.Module):
             self._dropout = nn.Dropout(0.2)
             self._fc: nn.Module = nn.Linear(features, classes)
             return
-        self._avg_pooling = ConcatPool()
+        self._avg_pooling = resnet.ConcatPool()
         self._dropout = nn.Identity()
-        self._fc = nn.Sequential(
-            nn.BatchNorm1d(2 * features),
-            nn.Dropout(0.25),
-            nn.Linear(2 * features, 512),
-            nn.ReLU(),
-            nn.BatchNorm1d(512),
-            nn.Dropout(0.5),
-            nn.Linear(512, classes),
-        )
+        self._fc = resnet.head(features, classes)
 
     def maps(self, x):
         x = F.relu6(self._bn0(self._conv_stem(x)))

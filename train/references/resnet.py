@@ -67,6 +67,19 @@ class ConcatPool(nn.Module):
         return torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
 
 
+def head(features, classes):
+    """fast.ai's, on the output of `ConcatPool`."""
+    return nn.Sequential(
+        nn.BatchNorm1d(2 * features),
+        nn.Dropout(0.25),
+        nn.Linear(2 * features, 512),
+        nn.ReLU(),
+        nn.BatchNorm1d(512),
+        nn.Dropout(0.5),
+        nn.Linear(512, classes),
+    )
+
+
 class ResNet(nn.Module):
     """Body and head: NCHW images to logits."""
 
@@ -86,15 +99,7 @@ class ResNet(nn.Module):
             layers.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
         self.avgpool = ConcatPool()
-        self.fc = nn.Sequential(
-            nn.BatchNorm1d(2 * n_in),
-            nn.Dropout(0.25),
-            nn.Linear(2 * n_in, 512),
-            nn.ReLU(),
-            nn.BatchNorm1d(512),
-            nn.Dropout(0.5),
-            nn.Linear(512, classes),
-        )
+        self.fc = head(n_in, classes)
 
     def maps(self, x):
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
